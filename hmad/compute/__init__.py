@@ -1,0 +1,1 @@
+"""Numbers: weights, model, KV codecs, arena, sampler, devices. torch, but no asyncio."""

@@ -1,0 +1,121 @@
+"""The one seam to a vendor: what a device does for each phase, and what goes in and out.
+
+The seam is coarse, so that a compiled-graph vendor fits behind it: a whole prefill batch, a whole decode step.
+Encoded layers are emitted while the batch still computes; the caller decides what happens to them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from hmad.compute.batch import DecodeBatch
+from hmad.facts.errors import HmadError
+from hmad.facts.formats import KVFormat, KVGeometry
+from hmad.facts.sampling import SampledToken, SamplingParams
+
+
+@dataclass(eq=False)
+class PrefillSequence:
+    """One prompt on its way through prefill. ``format`` is None when its KV is never shipped (one output token)."""
+
+    prompt_token_ids: Sequence[int]
+    params: SamplingParams
+    seeds: tuple[int, ...]
+    format: KVFormat | None
+    num_computed: int = 0
+    history: "KVHistory | None" = None
+    error: HmadError | None = None
+    cancelled: bool = False
+
+    @property
+    def num_remaining(self) -> int:
+        return len(self.prompt_token_ids) - self.num_computed
+
+
+@dataclass(frozen=True)
+class PrefillChunk:
+    """The next ``num_tokens`` positions of a sequence."""
+
+    sequence: PrefillSequence
+    num_tokens: int
+
+    @property
+    def start(self) -> int:
+        return self.sequence.num_computed
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+    @property
+    def is_last(self) -> bool:
+        return self.end == len(self.sequence.prompt_token_ids)
+
+
+class KVHistory:
+    """P's own unquantized K and V of a prompt's earlier chunks, for a prompt of more than one."""
+
+    def __init__(self, geometry: KVGeometry, num_tokens: int, dtype: torch.dtype) -> None:
+        shape = (geometry.num_layers, num_tokens, geometry.num_kv_heads, geometry.head_dim)
+        self.k = torch.empty(shape, dtype=dtype)
+        self.v = torch.empty(shape, dtype=dtype)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
+
+
+@dataclass(frozen=True)
+class EncodedBlocks:
+    """Blocks [first_block, first_block + num_blocks) of one layer, encoded, in a staging page."""
+
+    sequence: PrefillSequence
+    layer_id: int
+    first_block: int
+    num_blocks: int
+    page: int
+    payload: np.ndarray  # uint8 [num_blocks * block_bytes], the page's memory
+
+
+@dataclass(frozen=True)
+class LayerClock:
+    """When one layer of a batch began, and when its K and V existed (monotonic seconds)."""
+
+    layer_id: int
+    started_s: float
+    kv_ready_s: float
+
+
+@dataclass(frozen=True)
+class PrefillObserver:
+    """What a device calls from the engine thread while a batch computes."""
+
+    blocks_encoded: Callable[[EncodedBlocks], None]
+    layer_computed: Callable[[LayerClock], None]
+
+
+@dataclass
+class PrefillResult:
+    """First tokens of the sequences whose prompt is complete: one per seed, or the error of that sequence."""
+
+    first_tokens: dict[PrefillSequence, list[SampledToken]] = field(default_factory=dict)
+
+
+class PrefillDevice(Protocol):
+    """A device in the prefill role."""
+
+    def prefill(self, chunks: Sequence[PrefillChunk], observer: PrefillObserver) -> PrefillResult:
+        """Run one packed batch. A sequence that fails gets its ``error`` set and disturbs no other."""
+
+    def new_history(self, num_tokens: int) -> KVHistory:
+        """Room for the KV of a prompt that needs more than one chunk."""
+
+
+class DecodeDevice(Protocol):
+    """A device in the decode role."""
+
+    def decode_step(self, batch: DecodeBatch) -> list[SampledToken | HmadError]:
+        """One token for every sequence of the batch, or the error of that sequence alone."""

@@ -1,0 +1,200 @@
+"""Linear layers in every precision: y = x W^T for rows x [T, K] and a weight W [N, K].
+
+A weight may be given in parts, stacked along N, so that q, k, v (and gate, up) become one product without ever standing
+side by side in full precision. Products of two e4m3 or two bfp8 values are exact in float32, and all such values
+are exact in bfloat16: a bfloat16 product with float32 accumulation *is* their arithmetic, at full speed.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from hmad_kernels.cpu_rows import Int8Rows, quantize_int8, scale_rows
+from torch import Tensor
+from torch.nn.functional import linear
+
+from hmad.facts.errors import ConfigError, ModelError
+
+E4M3_MAX = 448.0
+BFP8_GROUP = 16  # values that share an exponent
+BFP8_DROPPED_BITS = 24 - 7  # float32 significand (with its hidden one) to 7-bit magnitude
+SMALLEST_NORMAL = 2.0**-126
+
+Activation = Tensor | Int8Rows
+
+
+class Linear(Protocol):
+    """One weight, held in its precision."""
+
+    weight_bytes: int  # as held
+
+    def __call__(self, x: Activation, /) -> Tensor:
+        """x [T, K] -> [T, N]."""
+
+
+def stacked(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Parts [N_i, K] as one [sum N_i, K]; the part itself, uncopied, where it is the only one and has the dtype."""
+    if len(parts) == 1:
+        return parts[0].to(dtype)
+    whole = torch.empty((sum(len(part) for part in parts), parts[0].shape[1]), dtype=dtype)
+    torch.cat([part if part.dtype == dtype else part.to(dtype) for part in parts], out=whole)
+    return whole
+
+
+class Float32Linear:
+    """The reference: float32 all the way."""
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        self._weight = stacked(parts, torch.float32)
+        self.weight_bytes = self._weight.nbytes
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        return linear(x, self._weight)
+
+
+class Bfloat16Linear:
+    """The baseline. The weight is kept in the blocked order of the CPU's matrix units, where it has any."""
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        weight = stacked(parts, torch.bfloat16)
+        self.weight_bytes = weight.nbytes
+        self._product = blocked_product(weight)
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        return self._product(x)
+
+
+def blocked_product(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """x -> x W^T in bfloat16, accumulated in float32."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return lambda x: linear(x, weight)
+    blocked = torch.ops.mkldnn._reorder_linear_weight(weight)
+    run = torch.ops.mkldnn._linear_pointwise.default
+    return lambda x: run(x, blocked, None, "none", [], "")
+
+
+class Int8Linear:
+    """W8A8: symmetric weights per output channel, symmetric activations per token, exact int32 sums."""
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        check_integer_products()
+        values, self._scales = quantize_weight_int8(parts)
+        self.weight_bytes = values.nbytes + self._scales.nbytes
+        self._zeros = torch.zeros(len(values), dtype=torch.int32)
+        self._packed = torch.ops.onednn.qlinear_prepack(values, None)
+
+    def __call__(self, x: Activation, /) -> Tensor:
+        rows = x if isinstance(x, Int8Rows) else quantize_int8(x)
+        y = int8_product(rows.values, self._packed, self._scales, self._zeros, torch.bfloat16)
+        scale_rows(y, rows.scales)  # torch's own mul_ would widen both operands to float32 copies first
+        return y
+
+
+def int8_product(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """x [T, K] int8 times a packed int8 weight, each output channel times its scale -> [T, N]."""
+    run = torch.ops.onednn.qlinear_pointwise.default
+    y: Tensor = run(x, 1.0, 0, packed, scales, zeros, None, 1.0, 0, out_dtype, "none", [], "")
+    return y
+
+
+def quantize_weight_int8(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Parts [N_i, K] -> int8 [N, K] and float32 scales [N], part by part so that no float copy of the whole exists."""
+    num_channels, k = sum(len(part) for part in parts), parts[0].shape[1]
+    values, scales = torch.empty((num_channels, k), dtype=torch.int8), torch.empty(num_channels)
+    begin = 0
+    for part in parts:
+        rows = quantize_int8(part.float() if part.dtype == torch.float16 else part)
+        values[begin : begin + len(part)], scales[begin : begin + len(part)] = rows
+        begin += len(part)
+    return values, scales
+
+
+@functools.cache
+def check_integer_products() -> None:
+    """ConfigError unless this torch and CPU multiply int8 exactly (without VNNI some instructions saturate at 16 bits)."""
+    if not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+        raise ConfigError("precision int8 needs a torch built with oneDNN; choose another --precision")
+    k = 256
+    x, weight = torch.full((4, k), 127, dtype=torch.int8), torch.full((16, k), -127, dtype=torch.int8)
+    packed = torch.ops.onednn.qlinear_prepack(weight, None)
+    y = int8_product(x, packed, torch.ones(16), torch.zeros(16, dtype=torch.int32), torch.float32)
+    if not bool((y == -127 * 127 * k).all()):
+        raise ConfigError("precision int8: this CPU cannot multiply int8 exactly; choose another --precision")
+
+
+class Float8Linear:
+    """e4m3 weights and activations, one scale per row of each. Emulated: the values are held as bfloat16."""
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        weight, scales = round_e4m3(stacked(parts, torch.float32))
+        self.weight_bytes = weight.nbytes + scales.nbytes
+        self._scales = scales.T  # [1, N]
+        self._product = blocked_product(weight)
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        values, scales = round_e4m3(x)
+        return (self._product(values) * (scales * self._scales)).to(x.dtype)
+
+
+def round_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [R, K] -> its e4m3 values as bfloat16 [R, K], and float32 scales [R, 1] = max|x| / 448."""
+    wide = x.float()
+    scales = wide.abs().amax(-1, keepdim=True) / E4M3_MAX
+    tiny = scales < SMALLEST_NORMAL
+    scales = torch.where(tiny, 1.0, scales)
+    values = torch.where(tiny, 0.0, wide / scales).to(torch.float8_e4m3fn)
+    return values.bfloat16(), scales
+
+
+class Bfp8Linear:
+    """Both operands block float: 7-bit magnitudes, groups of 16 along K share an exponent. Emulated in bfloat16."""
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        weight = torch.cat([round_bfp8(part) for part in parts])
+        self.weight_bytes = weight.nbytes
+        self._product = blocked_product(weight)
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        return self._product(round_bfp8(x))
+
+
+def round_bfp8(x: Tensor) -> Tensor:
+    """x [R, K] rounded to bfp8 (docs/formats.md), as bfloat16 [R, K]. A group with a NaN or infinity is all NaN."""
+    if x.shape[1] % BFP8_GROUP:
+        raise ModelError(f"precision bfp8 needs linear layers whose width is a multiple of {BFP8_GROUP}, not {x.shape[1]}")
+    bits = x.float().reshape(x.shape[0], -1, BFP8_GROUP).view(torch.int32)  # [R, K / 16, 16]
+    exponent = (bits >> 23) & 0xFF
+    shared = exponent.amax(-1, keepdim=True)  # [R, K / 16, 1]
+    significand = torch.where(exponent > 0, (bits & 0x7FFFFF) | 0x800000, 0)
+    aligned = significand >> (shared - exponent).clamp_(max=31)
+    magnitude = _drop_bits_to_even(aligned, BFP8_DROPPED_BITS).clamp_(max=127)
+    unit = torch.where(shared == 0xFF, torch.nan, torch.exp2(shared.float() - (127 + 6)))
+    signed = torch.where(bits < 0, -magnitude, magnitude)
+    return (signed * unit).view(x.shape).bfloat16()
+
+
+def _drop_bits_to_even(value: Tensor, bits: int) -> Tensor:
+    """value / 2^bits of non-negative int32, rounded half to even."""
+    kept = value >> bits
+    return (value + (1 << (bits - 1)) - 1 + (kept & 1)) >> bits
+
+
+_LINEARS: dict[str, Callable[[Sequence[Tensor]], Linear]] = {
+    "fp32": Float32Linear,
+    "bf16": Bfloat16Linear,
+    "int8": Int8Linear,
+    "fp8": Float8Linear,
+    "bfp8": Bfp8Linear,
+}
+PRECISIONS = tuple(_LINEARS)
+
+
+def make_linear(precision: str, *parts: Tensor) -> Linear:
+    """A linear layer of weight ``parts`` [N_i, K] (float32, float16 or bfloat16), stacked along N."""
+    return _LINEARS[precision](parts)
+
+
+def activation_dtype(precision: str) -> torch.dtype:
+    """What flows between the linear layers."""
+    return torch.float32 if precision == "fp32" else torch.bfloat16

@@ -1,0 +1,53 @@
+"""The prefill node's wire staging: fixed pages that hold encoded blocks until the decode node has them.
+
+Full staging slows prefill down (``acquire`` waits); memory never grows.
+"""
+
+import threading
+
+import numpy as np
+
+from hmad.facts.errors import ConfigError, LocalError
+
+
+class StagingPool:
+    """A pool of equal pages. The engine thread acquires, any thread releases."""
+
+    def __init__(self, staging_bytes: int, page_bytes: int) -> None:
+        self.page_bytes = page_bytes
+        self.num_pages = staging_bytes // page_bytes
+        if self.num_pages < 1:
+            raise ConfigError(f"staging-bytes = {staging_bytes} is less than one frame of {page_bytes} bytes: raise it")
+        self._pages = list(np.empty((self.num_pages, page_bytes), dtype=np.uint8))
+        self._free = list(range(self.num_pages))
+        self._changed = threading.Condition()
+        self._closed = False
+
+    @property
+    def free_pages(self) -> int:
+        return len(self._free)
+
+    def acquire(self) -> int:
+        """A page's number; waits while all pages are on the wire. Raises LocalError once the pool is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._free or self._closed)
+            if self._closed:
+                raise LocalError("staging is closed: the node is stopping")
+            return self._free.pop()
+
+    def page(self, number: int) -> np.ndarray:
+        """uint8 [page_bytes] of one page."""
+        return self._pages[number]
+
+    def release(self, number: int) -> None:
+        with self._changed:
+            if number in self._free:
+                raise LocalError(f"staging page {number} was released twice")
+            self._free.append(number)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Wake a waiting engine, so that it can end."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()

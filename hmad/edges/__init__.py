@@ -1,0 +1,1 @@
+"""Where people touch hmad: REST, the node's life, the command line."""

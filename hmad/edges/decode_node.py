@@ -1,0 +1,96 @@
+"""A decode node: the arena, the engine that steps over it, and the stream port."""
+
+import asyncio
+import logging
+from typing import Any
+
+from hmad.compute.arena import Arena
+from hmad.compute.cpu import CpuDecode
+from hmad.compute.model import load_model
+from hmad.edges.api import RoleServices
+from hmad.edges.metrics import Metrics
+from hmad.edges.node import SHUTDOWN_S, NodeModel, common_status
+from hmad.facts.config import Config, load_api_keys
+from hmad.facts.formats import FORMATS
+from hmad.roles.decode import DecodeRole
+from hmad.roles.engines import STALLED_AFTER_S, DecodeEngine
+from hmad.transport.decode_listener import DecodeListener, ListenerSettings
+
+log = logging.getLogger(__name__)
+
+
+class DecodeNode:
+    """Built by ``build``; then start, stop."""
+
+    def __init__(self, config: Config, model: NodeModel, role: DecodeRole, metrics: Metrics) -> None:
+        self._config = config
+        self._model = model
+        self._role = role
+        self._listener = DecodeListener(
+            ListenerSettings(model.identity, model.geometry, model.cluster_key, role.arena.num_slots, config.lease_s),
+            role,
+        )
+        self.services = RoleServices(
+            role="decode",
+            metrics=metrics,
+            health=self._health,
+            status=self._status,
+            api_key_digests=load_api_keys(config.api_key_file) if config.api_key_file else frozenset(),
+        )
+
+    @classmethod
+    async def build(cls, config: Config, model: NodeModel) -> "DecodeNode":
+        """Take the arena's memory and load the weights."""
+        log.info("loading %s in %s", config.model, config.precision)
+        loading = asyncio.to_thread(load_model, config.model, config.precision, config.load_format, config.dummy_seed)
+        transformer = await loading
+        arena = Arena(model.geometry, config.arena_bytes)
+        tail_format = FORMATS[config.precision]
+        metrics = Metrics()
+        role = DecodeRole(
+            arena, tail_format, model.max_model_len, lambda peer, size: metrics.count_link_bytes(peer, "received", size)
+        )
+        device = CpuDecode(transformer, arena, tail_format, config.threads)
+        role.engine = DecodeEngine(device, config.max_batch_size, role.deliver_from_engine)
+        log.info(
+            "arena: %d slots of %d bytes x %d layers",
+            arena.num_slots,
+            model.geometry.slot_bytes,
+            model.geometry.num_layers,
+        )
+        metrics.arena_total_slots.set(arena.num_slots)
+        metrics.arena_used_slots.set_function(lambda: arena.used_slots)
+        metrics.running.set_function(lambda: role.engine.num_running)
+        return cls(config, model, role, metrics)
+
+    async def start(self) -> None:
+        self._role.engine.start()
+        await self._listener.start(self._config.stream_host, self._config.stream_port)
+        log.info("stream port %s:%d", self._config.stream_host, self._config.stream_port)
+
+    async def stop(self) -> None:
+        await self._listener.stop("the decode node stops")
+        self._role.engine.stop()
+        await asyncio.to_thread(self._role.engine.join, SHUTDOWN_S)
+
+    def _health(self) -> tuple[bool, str]:
+        stalled_s = self._role.engine.stalled_s
+        if stalled_s > STALLED_AFTER_S:
+            return False, f"the decode engine has made no progress for {stalled_s:.0f} s"
+        return True, "the decode engine makes progress"
+
+    def _status(self) -> dict[str, Any]:
+        arena, engine = self._role.arena, self._role.engine
+        return common_status(self._config, self._model) | {
+            "arena": {
+                "used_slots": arena.used_slots,
+                "total_slots": arena.num_slots,
+                "slot_bytes": arena.geometry.slot_bytes * arena.geometry.num_layers,
+                "bytes": arena.bytes.nbytes,
+            },
+            "running": engine.num_running,
+            "waiting": engine.num_waiting,
+            "output_tokens": self._role.num_tokens,
+            "failed_transfers": self._role.num_failed,
+            "prefill_nodes": [session.describe() for session in self._listener.sessions.values()],
+        }

@@ -1,0 +1,142 @@
+"""A prefill node: the engine, the staging, the links to decode nodes, and the OpenAI routes."""
+
+import asyncio
+import logging
+from dataclasses import asdict
+from typing import Any
+
+from hmad.compute.checkpoint import read_generation_defaults
+from hmad.compute.cpu import CpuPrefill
+from hmad.compute.model import load_model
+from hmad.compute.staging import StagingPool
+from hmad.compute.tokenizer import Tokenizer
+from hmad.edges.api import RoleServices
+from hmad.edges.completions import ServedModel
+from hmad.edges.metrics import Metrics
+from hmad.edges.node import SHUTDOWN_S, NodeModel, common_status
+from hmad.facts.config import Config, load_api_keys
+from hmad.facts.formats import FORMATS
+from hmad.facts.timeline import Timeline
+from hmad.roles.engines import STALLED_AFTER_S, PrefillEngine, PrefillListener
+from hmad.roles.prefill import PrefillRole, PrefillSettings
+from hmad.transport.prefill_link import LinkSettings, PeerLink
+from hmad.transport.rate import Pacer
+
+log = logging.getLogger(__name__)
+
+NUM_STATUS_TIMELINES = 8
+
+
+class PrefillNode:
+    """Built by ``build``; then start, stop."""
+
+    def __init__(
+        self, config: Config, model: NodeModel, role: PrefillRole, tokenizer: Tokenizer, metrics: Metrics
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._role = role
+        self._tasks: list[asyncio.Task[None]] = []
+        self.services = RoleServices(
+            role="prefill",
+            metrics=metrics,
+            health=self._health,
+            status=self._status,
+            served=ServedModel(
+                names=config.served_model_names,
+                generator=role,
+                tokenizer=tokenizer,
+                defaults=read_generation_defaults(config.model, model.config),
+                vocab_size=model.config.vocab_size,
+                max_model_len=model.max_model_len,
+                default_max_tokens=config.default_max_tokens,
+            ),
+            api_key_digests=load_api_keys(config.api_key_file) if config.api_key_file else frozenset(),
+        )
+
+    @classmethod
+    async def build(cls, config: Config, model: NodeModel) -> "PrefillNode":
+        """Load tokenizer and weights, take the staging's memory, make the links."""
+        log.info("loading %s in %s", config.model, config.precision)
+        tokenizer = Tokenizer(config.model)
+        loading = asyncio.to_thread(load_model, config.model, config.precision, config.load_format, config.dummy_seed)
+        transformer = await loading
+        metrics = Metrics()
+        role = PrefillRole(role_settings(config, model), make_staging(config, model), lambda t: record(t, metrics))
+        role.engine = PrefillEngine(
+            CpuPrefill(transformer, model.geometry, role.staging),
+            config.max_batch_tokens,
+            config.history_bytes,
+            PrefillListener(role.blocks_encoded, role.layer_computed, role.prefill_done),
+        )
+        link_settings = LinkSettings(
+            model.identity, model.cluster_key, config.bulk_connections, Pacer(config.stream_bytes_per_s)
+        )
+        role.links = [PeerLink(peer.host, peer.port, link_settings, role.changed) for peer in config.peers]
+        metrics.queue_length.set_function(lambda: role.num_waiting)
+        metrics.running.set_function(lambda: role.num_running)
+        return cls(config, model, role, tokenizer, metrics)
+
+    async def start(self) -> None:
+        self._role.engine.start()
+        self._tasks = [asyncio.create_task(link.run()) for link in self._role.links]
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._role.staging.close()
+        self._role.engine.stop()
+        await asyncio.to_thread(self._role.engine.join, SHUTDOWN_S)
+
+    def _health(self) -> tuple[bool, str]:
+        stalled_s = self._role.engine.stalled_s
+        if stalled_s > STALLED_AFTER_S:
+            return False, f"the prefill engine has made no progress for {stalled_s:.0f} s"
+        if not any(link.usable for link in self._role.links):
+            return False, "; ".join(f"decode node {link.name}: {link.trouble or 'drains'}" for link in self._role.links)
+        return True, "the prefill engine makes progress, a decode node is connected"
+
+    def _status(self) -> dict[str, Any]:
+        role = self._role
+        return common_status(self._config, self._model) | {
+            "waiting": role.num_waiting,
+            "running": role.num_running,
+            "staging": {"free_pages": role.staging.free_pages, "total_pages": role.staging.num_pages},
+            "decode_nodes": [link.describe() for link in role.links],
+            "requests": [describe(timeline) for timeline in list(role.timelines)[-NUM_STATUS_TIMELINES:]],
+        }
+
+
+def role_settings(config: Config, model: NodeModel) -> PrefillSettings:
+    return PrefillSettings(
+        geometry=model.geometry,
+        vocab_size=model.config.vocab_size,
+        max_batch_tokens=config.max_batch_tokens,
+        max_queue=config.max_queue,
+        queue_timeout_s=config.queue_timeout_s,
+        transfer_after=config.transfer == "after",
+        digest=config.digest,
+    )
+
+
+def make_staging(config: Config, model: NodeModel) -> StagingPool:
+    """Pages of one frame each; a frame holds at least one block of any format we may send."""
+    blocks = [model.geometry.block_bytes(FORMATS[name]) for name in model.identity.formats]
+    return StagingPool(config.staging_bytes, max(config.frame_bytes, *blocks))
+
+
+def record(timeline: Timeline, metrics: Metrics) -> None:
+    """A request has finished: count its bytes and what its transfer cost."""
+    if timeline.peer is None or timeline.wire_s is None or timeline.exposed_s is None or timeline.hidden is None:
+        return
+    num_bytes = sum(layer.wire_bytes for layer in timeline.layers.values())
+    metrics.count_link_bytes(timeline.peer, "sent", num_bytes)
+    metrics.set_link_rate(timeline.peer, "sent", num_bytes / timeline.wire_s)
+    metrics.observe_overlap(timeline.exposed_s, timeline.hidden)
+
+
+def describe(timeline: Timeline) -> dict[str, Any]:
+    """A timeline as JSON, with what is derived from it."""
+    derived = {name: getattr(timeline, name) for name in ("wire_s", "exposed_s", "hidden", "handoff_s")}
+    return asdict(timeline) | derived

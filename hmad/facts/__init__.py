@@ -1,0 +1,1 @@
+"""What everyone may know: errors, configuration, KV formats, sampling parameters, names. No torch, no asyncio."""

@@ -1,0 +1,51 @@
+"""What the REST edge asks of a prefill node, and what it gets back. The seam between edges and roles."""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from hmad.facts.sampling import SampledToken, SamplingParams
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One prompt, n choices: ``seeds`` has one seed (0..2^64-1) per choice."""
+
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One step of one choice. The last event of a choice has a finish reason, ``stop`` or ``length``."""
+
+    choice: int
+    token: SampledToken
+    finish_reason: str | None = None
+
+
+class Generation(Protocol):
+    """A request under way: iterate to its end; events of different choices interleave.
+
+    Iterating raises ``RequestError`` when it cannot be served (full, timed out, never fits) and ``RemoteError`` or
+    ``LocalError`` when it breaks later.
+    """
+
+    request_id: str
+
+    def __aiter__(self) -> AsyncIterator[TokenEvent]: ...
+
+    def stop_choice(self, choice: int) -> None:
+        """The edge has all it wants of this choice (a stop string): no more events come for it."""
+
+
+class Generator(Protocol):
+    """A prefill role, seen from the edge."""
+
+    def generate(self, request: GenerationRequest) -> AbstractAsyncContextManager[Generation]:
+        """Queue the request; leaving the context cancels whatever is not finished."""
+
+    def check_admissible(self, requests: Sequence[GenerationRequest]) -> None:
+        """Raise RequestError at once for what can never fit (400) or finds the queue full (429 with Retry-After)."""

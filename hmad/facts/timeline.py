@@ -1,0 +1,71 @@
+"""What happened to one request, and when: seconds of the prefill node's monotonic clock.
+
+*Exposed* is the time from the first sampled token until the last byte was verified; *hidden* the share of the time
+on the wire that was not exposed (docs/design.md section 8).
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class LayerTimes:
+    """One layer of one request. The compute times span its chunks, the wire times its frames."""
+
+    started_s: float  # the layer's compute began
+    kv_ready_s: float  # its K and V existed
+    wire_bytes: int = 0
+    sent_s: float | None = None  # first byte handed to the socket
+    landed_s: float | None = None  # last byte in the decode node's memory
+    verified_s: float | None = None  # its digest checked
+
+
+@dataclass
+class Timeline:
+    """One request's life. Fields stay None for what has not happened."""
+
+    request_id: str
+    num_prompt_tokens: int
+    arrived_s: float
+    kv_format: str | None = None
+    peer: str | None = None
+    granted_s: float | None = None
+    prefill_started_s: float | None = None
+    first_token_s: float | None = None
+    committed_s: float | None = None
+    finished_s: float | None = None
+    num_output_tokens: int = 0
+    layers: dict[int, LayerTimes] = field(default_factory=dict)
+
+    @property
+    def wire_s(self) -> float | None:
+        """Time on the wire: first byte sent until last byte verified."""
+        sent = [layer.sent_s for layer in self.layers.values() if layer.sent_s is not None]
+        return None if not sent or self.verified_s is None else self.verified_s - min(sent)
+
+    @property
+    def verified_s(self) -> float | None:
+        """When the last byte of the last layer was verified; None until all are."""
+        times = [layer.verified_s for layer in self.layers.values()]
+        known = [t for t in times if t is not None]
+        return max(known) if known and len(known) == len(times) else None
+
+    @property
+    def exposed_s(self) -> float | None:
+        """Transfer time that the request had to wait for after its first token."""
+        if self.verified_s is None or self.first_token_s is None:
+            return None
+        return max(0.0, self.verified_s - self.first_token_s)
+
+    @property
+    def hidden(self) -> float | None:
+        """Share of the wire time hidden behind compute, 0 to 1."""
+        if not self.wire_s or self.exposed_s is None:
+            return None
+        return max(0.0, 1 - self.exposed_s / self.wire_s)
+
+    @property
+    def handoff_s(self) -> float | None:
+        """Token 0 sampled until COMMITTED."""
+        if self.committed_s is None or self.first_token_s is None:
+            return None
+        return self.committed_s - self.first_token_s

@@ -1,0 +1,1 @@
+"""What a node does: prefill, decode, and the pure decisions of the scheduler."""

@@ -1,0 +1,222 @@
+"""The decode role: lease slots, let raw blocks land in them, join the running batch, stream tokens back."""
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from hmad.compute.arena import Arena
+from hmad.compute.sequence import DecodeSequence, Segment
+from hmad.facts.formats import FORMATS, KVFormat
+from hmad.facts.sampling import SamplingParams
+from hmad.roles.engines import DecodeEngine, StepOutput
+from hmad.roles.scheduler import slots_needed, slots_per_choice
+from hmad.transport.decode_listener import DecodeSession
+from hmad.wire.extras import pack_extras
+from hmad.wire.messages import (
+    AbortReason,
+    Choice,
+    Commit,
+    DenyReason,
+    FinishReason,
+    Layer,
+    Load,
+    Reserve,
+    TokenEntry,
+)
+from hmad.wire.sampling import sampling_from_wire
+from hmad.wire.transfers import DecodeTransfer
+
+log = logging.getLogger(__name__)
+
+RETRY_AFTER_S = 1.0
+
+
+@dataclass(eq=False)
+class Holding:
+    """What one transfer holds on this node: its slots, and its choices in the engine."""
+
+    session: DecodeSession
+    prompt_token_ids: np.ndarray  # uint32
+    params: SamplingParams
+    format: KVFormat
+    raw_slots: np.ndarray  # int32
+    tail_slots: list[np.ndarray]  # one per choice
+    running: dict[int, DecodeSequence] = field(default_factory=dict)  # by choice
+    released: bool = False  # the wire is through with it
+
+    @property
+    def all_slots(self) -> list[np.ndarray]:
+        return [self.raw_slots, *self.tail_slots]
+
+
+class DecodeRole:
+    """Owns the arena and what lies in it. Everything here runs on the loop's thread; steps run in the engine's."""
+
+    def __init__(
+        self, arena: Arena, tail_format: KVFormat, max_model_len: int, received: Callable[[str, int], None]
+    ) -> None:
+        self.arena = arena
+        self._received = received  # (peer, bytes) of every LAYER that lands
+        self._tail_format = tail_format
+        self._max_model_len = max_model_len
+        self._holdings: dict[DecodeTransfer, Holding] = {}
+        self._of_sequence: dict[DecodeSequence, tuple[DecodeTransfer, int]] = {}
+        self._loop = asyncio.get_running_loop()
+        self.engine: DecodeEngine
+        self.draining = False
+        self.num_tokens = 0
+        self.num_failed = 0
+
+    def deliver_from_engine(self, outputs: list[StepOutput]) -> None:
+        """The engine's thread hands a step's outputs to the loop."""
+        self._loop.call_soon_threadsafe(self._deliver, outputs)
+
+    # --- DecodeHost: what sessions ask ---
+
+    def load(self) -> Load:
+        return Load(
+            free_slots=self.arena.free_slots,
+            total_slots=self.arena.num_slots,
+            running=self.engine.num_running,
+            waiting=self.engine.num_waiting,
+        )
+
+    def reserve(self, session: DecodeSession, transfer: DecodeTransfer, message: Reserve, prompt: memoryview) -> None:
+        """Lease room for the prompt and the longest answer, or say why not."""
+        params = sampling_from_wire(message.sampling)
+        fmt = FORMATS[message.format]
+        needed = slots_needed(fmt, self._tail_format, message.num_prompt_tokens, params, message.num_choices)
+        never = self._never_fits(message, needed)
+        if self.draining:
+            session.deny(
+                transfer, DenyReason.DRAINING, "this decode node drains: place the request elsewhere", RETRY_AFTER_S
+            )
+        elif never:
+            session.deny(transfer, DenyReason.NEVER_FITS, never, 0.0)
+        elif needed > self.arena.free_slots:
+            full = f"{needed} slots are needed, {self.arena.free_slots} of {self.arena.num_slots} are free"
+            session.deny(transfer, DenyReason.FULL, full, RETRY_AFTER_S)
+        else:
+            self._hold(session, transfer, message, np.frombuffer(prompt, "<u4"), params)
+            session.grant(transfer)
+
+    def landing(self, transfer: DecodeTransfer, layer: Layer) -> Sequence[memoryview]:
+        """The arena's own memory for these blocks and heads."""
+        holding = self._holdings[transfer]
+        slots = holding.raw_slots[layer.first_block : layer.first_block + layer.num_blocks]
+        self._received(
+            holding.session.name, len(slots) * self.arena.geometry.block_bytes(holding.format, layer.num_heads)
+        )
+        return self.arena.landing(layer.layer, slots, holding.format, layer.first_head, layer.num_heads)
+
+    def ready(self, session: DecodeSession, transfer: DecodeTransfer, commit: Commit) -> None:
+        """Every layer is in its slots and verified: the choices join the running batch."""
+        holding = self._holdings[transfer]
+        holding.running = {choice.index: self._sequence(holding, choice) for choice in commit.choices}
+        for choice, sequence in holding.running.items():
+            self._of_sequence[sequence] = (transfer, choice)
+        session.committed(transfer)
+        self.engine.join_batch(holding.running.values())
+
+    def cancelled(self, transfer: DecodeTransfer, choices: Sequence[int]) -> None:
+        running = self._holdings[transfer].running
+        self.engine.drop([running[choice] for choice in choices if choice in running])
+
+    def release(self, transfer: DecodeTransfer) -> None:
+        """The wire is through with a transfer; its slots go back once the engine is, too."""
+        holding = self._holdings[transfer]
+        holding.released = True
+        self.engine.drop(list(holding.running.values()))
+        self._free_if_unused(transfer)
+
+    # --- inside ---
+
+    def _never_fits(self, message: Reserve, needed: int) -> str | None:
+        length = message.num_prompt_tokens + message.sampling.max_tokens
+        if length > self._max_model_len:
+            return f"{length} tokens are more than this decode node's max-model-len of {self._max_model_len}"
+        if needed > self.arena.num_slots:
+            return f"{needed} slots are needed, the whole arena has {self.arena.num_slots}: raise --arena-bytes"
+        return None
+
+    def _hold(
+        self,
+        session: DecodeSession,
+        transfer: DecodeTransfer,
+        message: Reserve,
+        prompt_token_ids: np.ndarray,
+        params: SamplingParams,
+    ) -> None:
+        fmt = FORMATS[message.format]
+        raw = self.arena.reserve(fmt.num_blocks(message.num_prompt_tokens))
+        per_choice = slots_per_choice(self._tail_format, params)
+        tails = [self.arena.reserve(per_choice) for _ in range(message.num_choices)]
+        self._holdings[transfer] = Holding(session, prompt_token_ids, params, fmt, raw, tails)
+
+    def _sequence(self, holding: Holding, choice: Choice) -> DecodeSequence:
+        return DecodeSequence(
+            prompt_token_ids=holding.prompt_token_ids,
+            params=holding.params,
+            seed=choice.seed,
+            prefix=(Segment(holding.format, len(holding.prompt_token_ids), holding.raw_slots),),
+            tail_format=self._tail_format,
+            tail_slots=holding.tail_slots[choice.index],
+            output_token_ids=[choice.first_token],
+        )
+
+    def _deliver(self, outputs: list[StepOutput]) -> None:
+        """A step's tokens to the prefill nodes they belong to, one batch per session."""
+        by_session: dict[DecodeSession, list[tuple[TokenEntry, bytes]]] = defaultdict(list)
+        for output in outputs:
+            transfer, choice = self._of_sequence[output.sequence]
+            holding = self._holdings[transfer]
+            if output.error is not None or output.finish_reason is not None:
+                self._leave_engine(transfer, choice, output.sequence)
+            if output.error is not None:
+                self._fail(transfer, holding, str(output.error))
+            elif not transfer.over and holding.session.is_open:
+                by_session[holding.session].append(self._entry(transfer, choice, output))
+        self.num_tokens += sum(len(entries) for entries in by_session.values())
+        for session, entries in by_session.items():
+            session.send_tokens(entries)
+
+    def _entry(self, transfer: DecodeTransfer, choice: int, output: StepOutput) -> tuple[TokenEntry, bytes]:
+        extras = pack_extras(output.token) if output.token else b""
+        entry = TokenEntry(
+            transfer_id=transfer.transfer_id,
+            choice=choice,
+            index=output.index,
+            token_id=output.token.token_id if output.token else None,
+            finish_reason=FinishReason(output.finish_reason) if output.finish_reason else None,
+            payload_bytes=len(extras),
+        )
+        return entry, extras
+
+    def _fail(self, transfer: DecodeTransfer, holding: Holding, message: str) -> None:
+        """One choice cannot go on, so the request cannot: end the transfer, and with it the other choices."""
+        self.num_failed += 1
+        log.error("transfer %s: %s", transfer.transfer_id.hex(), message)
+        holding.session.abort(transfer, AbortReason.INTERNAL, message)
+
+    def _leave_engine(self, transfer: DecodeTransfer, choice: int, sequence: DecodeSequence) -> None:
+        del self._of_sequence[sequence]
+        del self._holdings[transfer].running[choice]
+        self._free_if_unused(transfer)
+
+    def _free_if_unused(self, transfer: DecodeTransfer) -> None:
+        holding = self._holdings[transfer]
+        if not holding.released or holding.running:
+            return
+        del self._holdings[transfer]
+        for slots in holding.all_slots:
+            self.arena.release(slots)
+        if not self._holdings:
+            self.check_integrity()
+
+    def check_integrity(self) -> None:
+        """Raise LocalError unless the arena's reference counts are exactly those of what we hold."""
+        self.arena.check_integrity(slots for holding in self._holdings.values() for slots in holding.all_slots)

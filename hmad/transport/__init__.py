@@ -1,0 +1,1 @@
+"""Frames on sockets: asyncio connections, sessions with peers, liveness."""

@@ -1,0 +1,102 @@
+"""One TCP connection that speaks frames: bytes from the socket go straight where FrameReader wants them."""
+
+import asyncio
+import socket
+from collections.abc import Callable
+from typing import Protocol
+
+from hmad.facts.errors import RemoteError, RemoteProtocolError
+from hmad.wire.frames import FrameReader, Received, encode_frame
+from hmad.wire.messages import AnyMessage
+
+Payload = bytes | bytearray | memoryview
+
+# A peer that does not read its control channel is cut off before its backlog eats our memory.
+MAX_UNSENT_BYTES = 64 << 20
+
+
+class FrameHandler(Protocol):
+    """Who owns the connection."""
+
+    def frame_received(self, received: Received) -> None:
+        """One whole frame. Raising RemoteProtocolError ends the connection with that sentence."""
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """The connection is gone; called once."""
+
+
+class FrameConnection(asyncio.BufferedProtocol):
+    """Adapts FrameReader to asyncio. ``get_buffer`` has no side effects: uvloop calls it more often than needed."""
+
+    def __init__(self, reader: FrameReader, make_handler: "Callable[[FrameConnection], FrameHandler]") -> None:
+        self.reader = reader
+        self._make_handler = make_handler
+        self._handler: FrameHandler | None = None
+        self._transport: asyncio.Transport | None = None
+        self._error: Exception | None = None
+        self.peer_name = "?"
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]
+        set_no_delay(transport.get_extra_info("socket"))
+        self.peer_name = format_address(transport.get_extra_info("peername"))
+        self._handler = self._make_handler(self)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self.reader.get_buffer()
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if self._transport is None or self._transport.is_closing() or self._handler is None:
+            return
+        try:
+            received = self.reader.advance(nbytes)
+            if received is not None:
+                self._handler.frame_received(received)
+        except RemoteError as error:
+            self.close(error)
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        handler, self._handler, self._transport = self._handler, None, None
+        if handler is not None:
+            handler.connection_lost(self._error or exc)
+
+    @property
+    def is_open(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
+
+    def send(self, message: AnyMessage, payload: Payload | None = None) -> None:
+        """Queue one frame. The payload must not change afterwards (control payloads are small and owned by us)."""
+        if self._transport is None or self._transport.is_closing():
+            return  # its handler is about to learn, or has learnt, that the connection is lost
+        size = 0 if payload is None else memoryview(payload).nbytes
+        self._transport.write(encode_frame(message, size))
+        if payload is not None and size:
+            self._transport.write(payload)
+        if self._transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
+            self.close(RemoteProtocolError(f"{self.peer_name} does not read: {MAX_UNSENT_BYTES} bytes wait for it"))
+
+    def close(self, error: Exception | None = None) -> None:
+        """Send what is queued, then close; the handler learns ``error`` as the reason."""
+        self._error = self._error or error
+        if self._transport is not None:
+            self._transport.close()
+
+    def abort(self, error: Exception | None = None) -> None:
+        """Close at once and drop what is queued: for a peer that is silent."""
+        self._error = self._error or error
+        if self._transport is not None:
+            self._transport.abort()
+
+
+def set_no_delay(sock: socket.socket | None) -> None:
+    """Frames are whole messages: never let the kernel wait for more."""
+    if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def format_address(address: tuple[object, ...] | str | None) -> str:
+    """HOST:PORT for messages."""
+    return f"{address[0]}:{address[1]}" if isinstance(address, tuple) else str(address or "?")

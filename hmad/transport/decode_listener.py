@@ -1,0 +1,410 @@
+"""The decode node's side of the KV plane: accept, shake hands, and carry the transfers of each session."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from hmad.facts.errors import ConfigError, RemoteError, RemoteProtocolError
+from hmad.facts.formats import KVGeometry
+from hmad.transport.connection import FrameConnection
+from hmad.transport.liveness import HANDSHAKE_S, Liveness
+from hmad.wire.frames import DIGEST_NONE, FrameReader, Received
+from hmad.wire.handshake import Agreement, DecodeHandshake, NodeIdentity, make_reject
+from hmad.wire.messages import (
+    Abort,
+    AbortReason,
+    AnyMessage,
+    Bye,
+    Cancel,
+    Channel,
+    Commit,
+    DenyReason,
+    Drain,
+    Layer,
+    Load,
+    Ping,
+    Pong,
+    Reject,
+    Reserve,
+    TokenEntry,
+    Tokens,
+)
+from hmad.wire.transfers import DecodeTransfer, DecodeTransfers, DigestStrikes, LayerPlace, Outcome, Verdict
+
+log = logging.getLogger(__name__)
+
+MAX_ENTRIES_PER_FRAME = 512
+DISCARD_BYTES = 1 << 20
+
+
+class DecodeHost(Protocol):
+    """The decode role, seen from its sessions. All calls come on the loop's thread."""
+
+    def load(self) -> Load: ...
+
+    def reserve(self, session: "DecodeSession", transfer: DecodeTransfer, message: Reserve, prompt: memoryview) -> None:
+        """Answer with ``session.grant`` or ``session.deny``."""
+
+    def landing(self, transfer: DecodeTransfer, layer: Layer) -> Sequence[memoryview]:
+        """Where the bytes of these blocks go: the arena's own memory."""
+
+    def ready(self, session: "DecodeSession", transfer: DecodeTransfer, commit: Commit) -> None:
+        """Everything has landed and is verified: let it decode, then ``session.committed``."""
+
+    def cancelled(self, transfer: DecodeTransfer, choices: Sequence[int]) -> None:
+        """P wants no more of these choices: finish them as ``cancelled``."""
+
+    def release(self, transfer: DecodeTransfer) -> None:
+        """The transfer is over, or its session is gone: give back what it holds as soon as nothing uses it."""
+
+
+@dataclass(frozen=True)
+class ListenerSettings:
+    """What all sessions of a decode node share."""
+
+    identity: NodeIdentity
+    geometry: KVGeometry
+    cluster_key: bytes | None
+    total_slots: int
+    lease_s: float
+
+
+class DecodeListener:
+    """The stream port and the sessions that came through it."""
+
+    def __init__(self, settings: ListenerSettings, host: DecodeHost) -> None:
+        self.settings = settings
+        self.host = host
+        self.sessions: dict[bytes, DecodeSession] = {}
+        self._connections: set[AcceptedConnection] = set()
+        self._server: asyncio.Server | None = None
+
+    async def start(self, address: str, port: int) -> None:
+        """Listen. Raises ConfigError when the port cannot be had."""
+        try:
+            self._server = await asyncio.get_running_loop().create_server(self._accept, address, port)
+        except OSError as error:
+            raise ConfigError(f"cannot listen on stream port {address}:{port}: {error.strerror or error}") from error
+
+    async def stop(self, reason: str) -> None:
+        """Stop accepting, say goodbye, close."""
+        if self._server is not None:
+            self._server.close()
+        for session in list(self.sessions.values()):
+            session.end(reason)
+        for connection in list(self._connections):
+            connection.connection.close()
+        if self._server is not None:
+            await self._server.wait_closed()
+
+    def broadcast(self, message: AnyMessage) -> None:
+        for session in self.sessions.values():
+            session.send(message)
+
+    def _accept(self) -> FrameConnection:
+        accepted = AcceptedConnection(self)
+        connection = FrameConnection(FrameReader(self.settings.identity.limits, accepted.place), accepted.made)
+        return connection
+
+    def add(self, connection: "AcceptedConnection") -> None:
+        self._connections.add(connection)
+
+    def discard(self, connection: "AcceptedConnection") -> None:
+        self._connections.discard(connection)
+
+    def join(self, connection: "AcceptedConnection", agreement: Agreement) -> "DecodeSession":
+        """The session a freshly authenticated connection belongs to. Raises RemoteProtocolError."""
+        session = self.sessions.get(agreement.session)
+        if agreement.channel is Channel.BULK:
+            if session is None or session.peer_boot_id != agreement.peer_boot_id:
+                raise RemoteProtocolError("a bulk channel needs the control channel of its session first")
+            session.connections.append(connection)
+            return session
+        if session is not None:
+            raise RemoteProtocolError("this session has a control channel already")
+        self.sessions[agreement.session] = session = DecodeSession(self, connection, agreement)
+        log.info("prefill node %s: session opened, %s", session.name, agreement.format)
+        return session
+
+    def forget(self, session: "DecodeSession") -> None:
+        self.sessions.pop(session.agreement.session, None)
+
+
+class AcceptedConnection:
+    """One accepted connection: a stranger until its handshake is done, then a channel of a session."""
+
+    def __init__(self, listener: DecodeListener) -> None:
+        self._listener = listener
+        settings = listener.settings
+        self._handshake = DecodeHandshake(settings.identity, settings.total_slots, settings.cluster_key)
+        self._session: DecodeSession | None = None
+        self._place: LayerPlace | None = None
+        self.connection: FrameConnection
+        self._patience: asyncio.TimerHandle
+
+    def made(self, connection: FrameConnection) -> "AcceptedConnection":
+        self.connection = connection
+        self._patience = asyncio.get_running_loop().call_later(HANDSHAKE_S, self._impatient)
+        self._listener.add(self)
+        return self
+
+    def place(self, layer: Layer, payload_bytes: int) -> Sequence[memoryview]:
+        """Where a LAYER's payload goes; asked once its header is here."""
+        if self._session is None:
+            raise RemoteProtocolError("LAYER before the handshake is done")
+        self._place, views = self._session.layer_begins(layer, payload_bytes)
+        return views
+
+    def frame_received(self, received: Received) -> None:
+        if self._session is None:
+            self._greeted(received)
+        elif isinstance(received.message, Layer):
+            if self._place is not None:
+                self._session.layer_landed(self._place, received.digest)
+        else:
+            self._session.frame_received(self, received)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._patience.cancel()
+        self._listener.discard(self)
+        if self._session is not None:
+            self._session.lost(error or RemoteError("the prefill node closed the connection"))
+        elif isinstance(error, RemoteError):
+            log.warning("stream connection from %s: %s", self.connection.peer_name, error)
+
+    def _greeted(self, received: Received) -> None:
+        answer = self._handshake.receive(received)
+        if answer is not None:
+            self.connection.send(answer)
+        if isinstance(answer, Reject):
+            self.connection.close(RemoteError(f"refused: {answer.reason}"))
+        elif self._handshake.agreement is not None:
+            self._authenticated(self._handshake.agreement)
+
+    def _authenticated(self, agreement: Agreement) -> None:
+        self._patience.cancel()
+        self.connection.reader.authenticated = True
+        self.connection.reader.digest = agreement.digest
+        try:
+            self._session = self._listener.join(self, agreement)
+        except RemoteProtocolError as error:
+            self.connection.send(make_reject(str(error)))
+            raise
+
+    def _impatient(self) -> None:
+        self.connection.abort(RemoteError(f"no handshake within {HANDSHAKE_S:g} s"))
+
+
+class DecodeSession:
+    """One prefill node's session: its channels and its transfers."""
+
+    def __init__(self, listener: DecodeListener, control: AcceptedConnection, agreement: Agreement) -> None:
+        settings = listener.settings
+        identity = settings.identity
+        self._listener = listener
+        self._host = listener.host
+        self._lease_s = settings.lease_s
+        self._control = control.connection
+        self.connections = [control]
+        self.agreement = agreement
+        self.name = f"{agreement.peer_node_id} ({control.connection.peer_name})"
+        self.peer_boot_id = agreement.peer_boot_id
+        self.transfers = DecodeTransfers(
+            settings.geometry,
+            identity.first_head,
+            identity.num_heads,
+            agreement.format,
+            agreement.digest != DIGEST_NONE,
+        )
+        self._strikes = DigestStrikes()
+        self._commits: dict[bytes, Commit] = {}
+        self._discard = memoryview(bytearray(DISCARD_BYTES))
+        self._liveness = Liveness(self._beat, self._silent)
+        self._load_sent: Load | None = None
+        self.is_open = True
+        self.send_load()
+
+    # --- what the role says ---
+
+    def send(self, message: AnyMessage) -> None:
+        self._control.send(message)
+
+    def send_load(self) -> None:
+        """Tell the prefill node our load, if it has changed."""
+        load = self._host.load()
+        if load != self._load_sent:
+            self._load_sent = load
+            self.send(load)
+
+    def grant(self, transfer: DecodeTransfer) -> None:
+        self.send(self.transfers.grant(transfer.transfer_id, self._lease_s, time.monotonic()))
+
+    def deny(self, transfer: DecodeTransfer, reason: DenyReason, message: str, retry_after_s: float) -> None:
+        self.send(self.transfers.deny(transfer.transfer_id, reason, message, retry_after_s))
+
+    def committed(self, transfer: DecodeTransfer) -> None:
+        self.send(self.transfers.committed(transfer.transfer_id, time.monotonic()))
+        if transfer.cancelled_choices:
+            self._host.cancelled(transfer, sorted(transfer.cancelled_choices))
+
+    def abort(self, transfer: DecodeTransfer, reason: AbortReason, message: str) -> None:
+        if self.is_open and not transfer.over:
+            self.send(self.transfers.abort(transfer.transfer_id, reason, message))
+            self._settle()
+
+    def send_tokens(self, entries: Sequence[tuple[TokenEntry, bytes]]) -> None:
+        """The new tokens of one step, in as many frames as it takes."""
+        if not self.is_open:
+            return
+        for entry, _ in entries:
+            self.transfers.token(entry)
+        for batch in split_entries(entries, self.agreement.limits.tokens_bytes):
+            self._control.send(Tokens(tuple(entry for entry, _ in batch)), b"".join(extras for _, extras in batch))
+        self._settle()
+
+    def describe(self) -> dict[str, object]:
+        """For /status."""
+        return {
+            "node_id": self.agreement.peer_node_id,
+            "address": self._control.peer_name,
+            "format": self.agreement.format,
+            "transfers": len(self.transfers.live()),
+            "discarded_frames": self.transfers.num_discarded,
+        }
+
+    def end(self, reason: str) -> None:
+        """Say goodbye and close every channel."""
+        self.send(Bye(reason=reason))
+        self._close(RemoteError(f"this node ends the session: {reason}"))
+
+    # --- the bulk channel ---
+
+    def layer_begins(self, layer: Layer, payload_bytes: int) -> tuple[LayerPlace, Sequence[memoryview]]:
+        place = self.transfers.layer_destination(layer, payload_bytes, time.monotonic())
+        if place.discard or place.transfer is None:
+            return place, repeat_view(self._discard, payload_bytes)
+        return place, self._host.landing(place.transfer, layer)
+
+    def layer_landed(self, place: LayerPlace, digest: bytes | None) -> None:
+        self._liveness.heard()
+        now_s = time.monotonic()
+        # The digest was computed while the bytes came in: what is left after the last byte is one comparison.
+        self._take(self.transfers.layer_landed(place, digest, now_s, time.monotonic()))
+
+    # --- the control channel ---
+
+    def frame_received(self, channel: AcceptedConnection, received: Received) -> None:
+        self._liveness.heard()
+        if channel.connection is not self._control:
+            raise RemoteProtocolError(f"{type(received.message).__name__} may not come on a bulk channel")
+        match received.message:
+            case Reserve() as message:
+                self._host.reserve(self, self.transfers.reserve(message), message, received.payload or memoryview(b""))
+                self._settle()
+            case Commit() as message:
+                self._commits[message.transfer_id] = message
+                self._take(self.transfers.commit(message))
+            case Cancel() as message:
+                self._cancel(message)
+            case Abort() as message:
+                self._aborted(message)
+            case Ping(sent_s=sent_s):
+                self.send(Pong(ping_sent_s=sent_s, received_s=time.monotonic(), sent_s=time.monotonic()))
+            case Pong():
+                pass
+            case Drain(reason=reason):
+                log.info("prefill node %s drains: %s", self.name, reason or "no reason given")
+            case Bye(reason=reason):
+                raise RemoteError(f"the prefill node said goodbye: {reason}")
+            case other:
+                raise RemoteProtocolError(f"{type(other).__name__} may not come from a prefill node")
+
+    def lost(self, error: Exception) -> None:
+        """A channel is gone, and with it the session."""
+        self._close(error)
+
+    def _take(self, outcome: Outcome) -> None:
+        for reply in outcome.replies:
+            self.send(reply)
+        if outcome.verdict is Verdict.READY and outcome.transfer is not None:
+            self._host.ready(self, outcome.transfer, self._commits.pop(outcome.transfer.transfer_id))
+        elif outcome.verdict is Verdict.DIGEST_MISMATCH:
+            log.warning("prefill node %s: a digest is wrong, the transfer was aborted", self.name)
+            if self._strikes.add(time.monotonic()):
+                raise RemoteProtocolError("three wrong digests within a minute: the link damages bytes")
+        self._settle()
+
+    def _cancel(self, message: Cancel) -> None:
+        transfer = next((t for t in self.transfers.live() if t.transfer_id == message.transfer_id), None)
+        cancellation = self.transfers.cancel(message)
+        if cancellation.abort is not None:
+            self.send(cancellation.abort)
+        elif cancellation.choices and transfer is not None:
+            self._host.cancelled(transfer, cancellation.choices)
+        self._settle()
+
+    def _aborted(self, message: Abort) -> None:
+        answer = self.transfers.aborted(message)
+        if answer is not None:
+            self.send(answer)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Give back what transfers that are over held, and tell the new load."""
+        for transfer in self.transfers.take_released():
+            self._commits.pop(transfer.transfer_id, None)
+            self._host.release(transfer)
+        self.send_load()
+
+    # --- life ---
+
+    def _beat(self) -> None:
+        for transfer in self.transfers.expired(time.monotonic()):
+            message = f"no KV came for {self._lease_s:g} s"
+            self.abort(transfer, AbortReason.LEASE_EXPIRED, message)
+        self._load_sent = None  # the heartbeat tells the load whether it changed or not
+        self.send_load()
+        self.send(Ping(sent_s=time.monotonic()))
+
+    def _silent(self, silence_s: float) -> None:
+        self._close(RemoteError(f"no sign of life for {silence_s:.1f} s"), at_once=True)
+
+    def _close(self, error: Exception, at_once: bool = False) -> None:
+        if not self.is_open:
+            return
+        self.is_open = False
+        log.info("prefill node %s: session closed: %s", self.name, error)
+        self._liveness.stop()
+        self._listener.forget(self)
+        for transfer in self.transfers.close():
+            self._host.release(transfer)
+        for channel in self.connections:
+            if at_once or channel.connection is not self._control:
+                channel.connection.abort()
+            else:
+                channel.connection.close()
+
+
+def repeat_view(scratch: memoryview, num_bytes: int) -> list[memoryview]:
+    """``num_bytes`` of destinations for bytes that nobody wants, all over the same scratch."""
+    whole, rest = divmod(num_bytes, len(scratch))
+    return [scratch] * whole + ([scratch[:rest]] if rest else [])
+
+
+def split_entries(
+    entries: Sequence[tuple[TokenEntry, bytes]], max_payload_bytes: int
+) -> list[list[tuple[TokenEntry, bytes]]]:
+    """Batches that respect both bounds of a TOKENS frame: its entries and its payload."""
+    batches: list[list[tuple[TokenEntry, bytes]]] = []
+    size = 0
+    for entry, extras in entries:
+        full = not batches or len(batches[-1]) == MAX_ENTRIES_PER_FRAME or size + len(extras) > max_payload_bytes
+        if full:
+            batches.append([])
+            size = 0
+        batches[-1].append((entry, extras))
+        size += len(extras)
+    return batches

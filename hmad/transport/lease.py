@@ -1,0 +1,242 @@
+"""The prefill node's end of one transfer: reserve, send layers, commit, receive tokens; and give every page back."""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from hmad.facts.errors import RemoteError, TransferAborted
+from hmad.facts.timeline import Timeline
+from hmad.transport.bulk import OutgoingLayer
+from hmad.transport.clock import ClockOffset
+from hmad.wire.messages import (
+    Abort,
+    AbortReason,
+    AnyMessage,
+    Choice,
+    Committed,
+    Deny,
+    DenyReason,
+    Grant,
+    Landed,
+    Layer,
+    Reserve,
+    TokenEntry,
+)
+from hmad.wire.transfers import PrefillTransfers, State
+
+
+class Denied(RemoteError):
+    """A decode node does not take this request."""
+
+    def __init__(self, deny: Deny) -> None:
+        super().__init__(deny.message)
+        self.reason: DenyReason = deny.reason
+        self.retry_after_s = deny.retry_after_s
+
+
+@dataclass(frozen=True)
+class StagedBlocks:
+    """Encoded blocks in staging. ``release`` gives their memory back: called once, when nobody reads it any more."""
+
+    layer_id: int
+    first_block: int
+    num_blocks: int
+    payload: memoryview
+    digest: bytes
+    release: Callable[[], None]
+
+
+class Carrier(Protocol):
+    """The session that carries a lease."""
+
+    transfers: PrefillTransfers
+    clock: ClockOffset
+    peer_name: str
+    num_kv_heads: int
+
+    def send(self, message: AnyMessage, payload: bytes | None = None) -> None: ...
+
+    def send_layer(self, layer: OutgoingLayer) -> None: ...
+
+    def forget(self, lease: "Lease") -> None: ...
+
+
+@dataclass(eq=False)
+class _Page:
+    """A LAYER between the queue and LANDED. Its memory is free when the kernel has it and D has it, or wants it not."""
+
+    blocks: StagedBlocks
+    sent: bool = False
+    unwanted: bool = False
+
+    def release_if_free(self) -> None:
+        if self.sent and self.unwanted:
+            self.blocks.release()
+
+
+class Lease:
+    """Slots on a decode node, from RESERVE until both sides have ended the transfer."""
+
+    def __init__(self, session: Carrier, reserve: Reserve, prompt: bytes, timeline: Timeline) -> None:
+        self.transfer_id, self.epoch = reserve.transfer_id, reserve.epoch
+        self.format = reserve.format
+        self.peer_name = session.peer_name
+        self._session = session
+        self._timeline = timeline
+        self._pages: dict[tuple[int, int], _Page] = {}  # by (layer, first block), until LANDED
+        self._num_queued = 0  # LAYERs that have not begun to leave
+        self._choices: tuple[Choice, ...] | None = None  # to commit once the last LAYER has begun to leave
+        self._gone = False  # the decode node has sent its terminal frame, or the session is lost
+        self._answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._tokens: asyncio.Queue[tuple[TokenEntry, bytes] | Exception] = asyncio.Queue()
+        session.transfers.reserve(reserve)
+        session.send(reserve, prompt)
+
+    # --- what the role does ---
+
+    async def granted(self) -> None:
+        """Wait for the slots. Raises Denied or RemoteError."""
+        await self._answer
+
+    def send_blocks(self, blocks: StagedBlocks) -> None:
+        """Queue a LAYER; its memory is given back by itself."""
+        if self._over:
+            blocks.release()
+            return
+        page = self._pages[blocks.layer_id, blocks.first_block] = _Page(blocks)
+        self._num_queued += 1
+        message = Layer(
+            transfer_id=self.transfer_id,
+            epoch=self.epoch,
+            layer=blocks.layer_id,
+            first_block=blocks.first_block,
+            num_blocks=blocks.num_blocks,
+            first_head=0,
+            num_heads=self._session.num_kv_heads,
+            digest=blocks.digest,
+        )
+        self._session.send_layer(
+            OutgoingLayer(message, blocks.payload, lambda: self._begin(message, page), lambda: self._sent(page))
+        )
+
+    def commit(self, choices: Sequence[Choice]) -> None:
+        """Every LAYER is queued: let these choices decode as soon as D has all of them."""
+        self._choices = tuple(choices)
+        self._commit_if_due()
+
+    async def next_token(self) -> tuple[TokenEntry, bytes]:
+        """The next entry of this transfer, and its extras. Raises TransferAborted or RemoteError."""
+        item = await self._tokens.get()
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def cancel(self, choices: Sequence[int]) -> None:
+        """No more tokens are wanted of these choices."""
+        cancel = None if self._gone else self._session.transfers.cancel(self.transfer_id, "cancelled", tuple(choices))
+        if cancel is not None:
+            self._session.send(cancel)
+
+    def close(self, reason: AbortReason = AbortReason.CANCELLED) -> None:
+        """Leave: end what has not ended. May be called at any time, and again."""
+        if self._gone:
+            return
+        if self._state in (State.RESERVING, State.SENDING):
+            self._session.send(self._session.transfers.abort(self.transfer_id, reason))
+            self._give_up_pages()
+        else:
+            self.cancel(())
+
+    # --- what the session tells ---
+
+    def granted_by_peer(self, grant: Grant) -> None:
+        self._session.transfers.granted(grant)
+        if not self._answer.done():
+            self._answer.set_result(None)
+
+    def denied_by_peer(self, deny: Deny) -> None:
+        self._send_owed(self._session.transfers.denied(deny))
+        self._end(Denied(deny))
+
+    def landed(self, landed: Landed) -> None:
+        """D has verified a LAYER: its page is free, and D's clock says when its last byte came."""
+        self._session.transfers.landed(landed)
+        page = self._pages.pop((landed.layer, landed.first_block), None)
+        if page is not None:
+            page.unwanted = True
+            page.release_if_free()
+        times = self._timeline.layers[landed.layer]
+        times.landed_s = self._session.clock.to_ours(landed.landed_s)
+        times.verified_s = self._session.clock.to_ours(landed.verified_s)
+
+    def committed_by_peer(self, committed: Committed) -> None:
+        self._session.transfers.committed(committed)
+        self._timeline.committed_s = self._session.clock.to_ours(committed.committed_s)
+
+    def aborted_by_peer(self, abort: Abort) -> None:
+        self._send_owed(self._session.transfers.aborted(abort))
+        self._end(TransferAborted(abort.reason, f"decode node {self.peer_name}: {abort.message or abort.reason}"))
+
+    def token_received(self, entry: TokenEntry, extras: bytes) -> None:
+        """An entry that ``transfers.tokens`` has accepted."""
+        self._tokens.put_nowait((entry, extras))
+        if self._state is State.ENDED:
+            self._end(None)
+
+    def session_lost(self, error: RemoteError) -> None:
+        self._end(error)
+
+    # --- inside ---
+
+    @property
+    def _state(self) -> State:
+        return self._session.transfers.state(self.transfer_id)
+
+    @property
+    def _over(self) -> bool:
+        """No LAYER may leave any more."""
+        return self._gone or self._state is not State.SENDING
+
+    def _begin(self, message: Layer, page: _Page) -> bool:
+        """Asked right before a LAYER's first byte: not for a transfer that is over."""
+        self._num_queued -= 1
+        if self._over:
+            return False
+        self._session.transfers.layer_sent(message)
+        times = self._timeline.layers[message.layer]
+        times.sent_s = times.sent_s or time.monotonic()
+        times.wire_bytes += page.blocks.payload.nbytes
+        self._commit_if_due()
+        return True
+
+    def _commit_if_due(self) -> None:
+        """COMMIT counts the LAYERs, so it waits for the last to begin; it overtakes its bytes on the other channel."""
+        if self._choices is not None and self._num_queued == 0 and not self._over:
+            self._session.send(self._session.transfers.commit(self.transfer_id, self._choices))
+
+    def _sent(self, page: _Page) -> None:
+        page.sent = True
+        page.release_if_free()
+
+    def _send_owed(self, abort: Abort | None) -> None:
+        if abort is not None:
+            self._session.send(abort)
+
+    def _give_up_pages(self) -> None:
+        pages, self._pages = self._pages, {}
+        for page in pages.values():
+            page.unwanted = True
+            page.release_if_free()
+
+    def _end(self, error: Exception | None) -> None:
+        """D has nothing more to say."""
+        self._gone = True
+        self._give_up_pages()
+        self._session.forget(self)
+        if not self._answer.done():
+            self._answer.set_exception(error or RemoteError("the transfer ended before it was granted"))
+            self._answer.exception()  # whoever waited has it; nobody need have
+        if error is not None:
+            self._tokens.put_nowait(error)

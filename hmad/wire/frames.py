@@ -1,0 +1,240 @@
+"""Frames: encoded as prefix + header beside an untouched payload, and received without copying a payload.
+
+Sans-IO. ``FrameReader`` says which bytes it needs next and where they shall go, and is told when they are there; so a
+LAYER's payload lands in its slots by the socket's own receive call. Layout: docs/design.md section 4.
+"""
+
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+import xxhash
+
+from hmad.facts.errors import HmadError, LocalProtocolError, RemoteProtocolError
+from hmad.wire import limits as bounds
+from hmad.wire.messages import STRUCT_OF, TYPE_OF, AnyMessage, FrameType, Layer, Limits, Reserve, Tokens, Via
+
+MAGIC = b"HMAD"
+PROTOCOL_VERSION = 1
+DIGEST_XXH3 = "xxh3-128"
+DIGEST_NONE = "none"
+
+_FIXED = struct.Struct("<4sBBHIQ")  # magic, protocol version, frame type, flags, header_len, payload_len
+_CHECKSUM = struct.Struct("<I")  # xxh32, seed 0, of the fixed fields and the header
+PREFIX_BYTES = _FIXED.size + _CHECKSUM.size
+
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODERS: dict[FrameType, msgspec.msgpack.Decoder[Any]] = {
+    frame_type: msgspec.msgpack.Decoder(struct_type) for frame_type, struct_type in STRUCT_OF.items()
+}
+
+Place = Callable[[Layer, int], Sequence[memoryview]]
+
+
+class Received(NamedTuple):
+    """One whole frame.
+
+    ``payload`` is None for LAYER, whose bytes are where ``place`` put them, and for frames without one. ``digest`` is
+    what an inline LAYER's bytes hash to, or None where the digest is ``none``. ``header`` is as the peer wrote it.
+    """
+
+    message: AnyMessage
+    payload: memoryview | None
+    digest: bytes | None
+    header: bytes
+
+
+def encode_header(message: AnyMessage) -> bytes:
+    """The msgpack map of a message; its fields in the order of their declaration."""
+    return _ENCODER.encode(message)
+
+
+def encode_frame(message: AnyMessage, payload_bytes: int = 0) -> bytes:
+    """Prefix and header of a frame whose payload, ``payload_bytes`` long, is sent right behind it."""
+    header = encode_header(message)
+    fault = _payload_fault(message, payload_bytes)
+    if len(header) > bounds.MAX_HEADER_BYTES:
+        fault = f"a header of {len(header)} bytes, at most {bounds.MAX_HEADER_BYTES} may be sent"
+    frame_type = TYPE_OF[type(message)]
+    if fault:
+        raise LocalProtocolError(f"{frame_type.name}: {fault}")
+    fixed = _FIXED.pack(MAGIC, PROTOCOL_VERSION, frame_type, 0, len(header), payload_bytes)
+    return b"".join((fixed, _CHECKSUM.pack(xxhash.xxh32_intdigest(fixed + header)), header))
+
+
+class FrameReader:
+    """Receives one connection's frames, in the manner of asyncio's BufferedProtocol.
+
+    ``get_buffer`` is the next part of the frame still missing, never more; ``advance`` takes note of bytes received
+    into it. ``limits`` bound the payloads. ``place`` is asked once for every LAYER, when its header is checked, where
+    the payload goes. Set ``authenticated`` and ``digest`` when the handshake is done.
+    """
+
+    def __init__(self, limits: Limits, place: Place) -> None:
+        self.authenticated = False
+        self.digest = DIGEST_XXH3
+        self._max_payload_bytes = {
+            FrameType.RESERVE: limits.reserve_bytes,
+            FrameType.LAYER: limits.layer_bytes,
+            FrameType.TOKENS: limits.tokens_bytes,
+        }
+        self._place = place
+        self._prefix = bytearray(PREFIX_BYTES)
+        self._error: HmadError | None = None
+        self._part: memoryview
+        self._part_done: Callable[[], Received | None]
+        self._start_frame()
+
+    def get_buffer(self) -> memoryview:
+        """Where the next bytes go. No side effects; never empty."""
+        return self._part
+
+    def advance(self, nbytes: int) -> Received | None:
+        """``nbytes`` have been received into ``get_buffer()``. Returns the frame that they complete, if they do.
+
+        Raises RemoteProtocolError for what the peer may not send, and again for whatever follows it.
+        """
+        if self._error is not None:
+            raise self._error
+        if nbytes > len(self._part):
+            raise LocalProtocolError(f"{nbytes} bytes received into a buffer of {len(self._part)}")
+        if self._hasher is not None:
+            self._hasher.update(self._part[:nbytes])
+        self._part = self._part[nbytes:]
+        if self._part:
+            return None
+        try:
+            return self._part_done()
+        except HmadError as error:
+            self._error = error
+            self._part = memoryview(self._prefix)
+            raise
+
+    def feed(self, data: bytes) -> list[Received]:
+        """Copy ``data`` in, as a socket would, and return the frames it completes."""
+        frames = []
+        rest = memoryview(data)
+        while rest:
+            part = self.get_buffer()
+            nbytes = min(len(part), len(rest))
+            part[:nbytes] = rest[:nbytes]
+            rest = rest[nbytes:]
+            if (received := self.advance(nbytes)) is not None:
+                frames.append(received)
+        return frames
+
+    def _start_frame(self) -> None:
+        self._hasher: xxhash.xxh3_128 | None = None
+        self._views: list[memoryview] = []  # of the payload, still to be filled
+        self._payload: memoryview | None = None
+        self._expect(memoryview(self._prefix), self._prefix_done)
+
+    def _expect(self, part: memoryview, done: Callable[[], Received | None]) -> None:
+        self._part = part
+        self._part_done = done
+
+    def _prefix_done(self) -> None:
+        magic, version, type_id, flags, header_len, payload_len = _FIXED.unpack_from(self._prefix)
+        if magic != MAGIC:
+            raise RemoteProtocolError(f"the peer does not speak hmad: its frame starts with {magic!r}")
+        if version != PROTOCOL_VERSION:
+            raise RemoteProtocolError(
+                f"the peer speaks protocol version {version}, this node {PROTOCOL_VERSION}: "
+                "run the same release of hmad on both"
+            )
+        if flags:
+            raise RemoteProtocolError(f"flags are {flags:#06x}, must be 0")
+        self._frame_type = self._check_type(type_id)
+        self._payload_len: int = payload_len
+        self._check_sizes(header_len, payload_len)
+        self._header = bytearray(header_len)
+        self._expect(memoryview(self._header), self._header_done)
+
+    def _check_type(self, type_id: int) -> FrameType:
+        if type_id not in STRUCT_OF:
+            raise RemoteProtocolError(f"unknown frame type {type_id}")
+        frame_type = FrameType(type_id)
+        if frame_type not in (bounds.FRAMES_AFTER_AUTH if self.authenticated else bounds.FRAMES_BEFORE_AUTH):
+            when = "after" if self.authenticated else "before"
+            raise RemoteProtocolError(f"{frame_type.name} may not come {when} the peer is authenticated")
+        return frame_type
+
+    def _check_sizes(self, header_len: int, payload_len: int) -> None:
+        name = self._frame_type.name
+        most = bounds.MAX_HEADER_BYTES if self.authenticated else bounds.MAX_HEADER_BYTES_BEFORE_AUTH
+        if not 0 < header_len <= most:
+            raise RemoteProtocolError(f"{name} has a header of {header_len} bytes, must be 1 to {most}")
+        most = self._max_payload_bytes.get(self._frame_type, 0)
+        if payload_len > most:
+            raise RemoteProtocolError(f"{name} has a payload of {payload_len} bytes, at most {most} are allowed")
+
+    def _header_done(self) -> Received | None:
+        self._check_checksum()
+        self._message = _decode_header(self._frame_type, self._header)
+        fault = _payload_fault(self._message, self._payload_len)
+        if fault:
+            raise RemoteProtocolError(f"{self._frame_type.name}: {fault}")
+        self._views = self._destinations()
+        return self._next_view()
+
+    def _check_checksum(self) -> None:
+        hasher = xxhash.xxh32(memoryview(self._prefix)[: _FIXED.size])
+        hasher.update(self._header)
+        (expected,) = _CHECKSUM.unpack_from(self._prefix, _FIXED.size)
+        if hasher.intdigest() != expected:
+            raise RemoteProtocolError(f"{self._frame_type.name}: the checksum of prefix and header is wrong")
+
+    def _destinations(self) -> list[memoryview]:
+        if isinstance(self._message, Layer):
+            return self._layer_destinations(self._message)
+        if not self._payload_len:
+            return []
+        self._payload = memoryview(bytearray(self._payload_len))
+        return [self._payload]
+
+    def _layer_destinations(self, layer: Layer) -> list[memoryview]:
+        views = [view.cast("B") for view in self._place(layer, self._payload_len)]
+        if sum(map(len, views)) != self._payload_len:
+            raise LocalProtocolError(f"{sum(map(len, views))} bytes of room for a LAYER of {self._payload_len}")
+        if self.digest == DIGEST_XXH3 and layer.via is Via.INLINE:
+            self._hasher = xxhash.xxh3_128()
+        return [view for view in views if view]
+
+    def _next_view(self) -> Received | None:
+        if self._views:
+            self._expect(self._views.pop(0), self._next_view)
+            return None
+        digest = self._hasher.digest() if self._hasher is not None else None
+        received = Received(self._message, self._payload, digest, bytes(self._header))
+        self._start_frame()
+        return received
+
+
+def _decode_header(frame_type: FrameType, header: bytearray) -> AnyMessage:
+    try:
+        message: AnyMessage = _DECODERS[frame_type].decode(header)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise RemoteProtocolError(f"{frame_type.name}: bad header: {error}") from error
+    return message
+
+
+def _payload_fault(message: AnyMessage, payload_len: int) -> str | None:
+    """What is wrong with a payload of this length behind this header, or None."""
+    if isinstance(message, Layer):
+        return _layer_payload_fault(message, payload_len)
+    expected = 0
+    if isinstance(message, Reserve):
+        expected = bounds.PROMPT_TOKEN_BYTES * message.num_prompt_tokens
+    elif isinstance(message, Tokens):
+        expected = sum(entry.payload_bytes for entry in message.entries)
+    return None if payload_len == expected else f"its payload has {payload_len} bytes, its header says {expected}"
+
+
+def _layer_payload_fault(layer: Layer, payload_len: int) -> str | None:
+    inline = layer.via is Via.INLINE
+    if inline == (payload_len == 0):
+        return f"a payload of {payload_len} bytes does not go with via {layer.via}"
+    if inline != (layer.descriptor is None):
+        return f"via {layer.via} {'has no' if inline else 'needs a'} descriptor"
+    return None

@@ -1,0 +1,646 @@
+"""Decode attention over raw KV blocks: dequantized one panel at a time, inside the kernel, for all query heads at once.
+
+The unit of work is one block of one KV head of one sequence. All units of a launch, in the order (sequence, head,
+block), are dealt to the threads in equal runs, so a long context is split where that balances the load. A run that
+begins or ends inside a (sequence, head) leaves a partial result (sum, maximum and weighted values) in scratch, and
+the partials are merged by log-sum-exp. Softmax is online: one pass, running maximum and sum.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numba import njit, prange
+
+from hmad_kernels.cpu_common import (
+    BF16,
+    BF16_OVERFLOW_BITS,
+    BFP8,
+    COMPILE,
+    FACE,
+    FORMAT_NAMES,
+    FP8_E4M3,
+    FP32,
+    GROUP,
+    HELPER,
+    INFINITY_BITS,
+    INT8,
+    MAGNITUDE,
+    MAX_TOKENS_PER_BLOCK,
+    MXFP8,
+    REASSOCIATE,
+    TILE_ROWS,
+    TOKENS_PER_BLOCK,
+    bits_of,
+    flat_view,
+    float_of,
+    numpy_view,
+    panel_bytes,
+    store_f32,
+    to_f32,
+)
+
+UNROLL = 4  # tokens that share one pass over a query or an accumulator; every tokens_per_block is a multiple
+ZERO = np.float32(0.0)
+LOG2_E = np.float32(1.4426950408889634)
+LN2_HIGH = np.float32(0.693359375)
+LN2_LOW = np.float32(-2.12194440e-4)
+EXP_MIN = np.float32(-87.0)  # below it exp is not a normal float32
+ROUND_TO_INTEGER = np.float32(12582912.0)  # 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+E4M3_SUBNORMAL_STEP = np.float32(2.0**-9)
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def scratch_shape(num_threads: int, num_heads: int, num_kv_heads: int, head_dim: int) -> tuple[int, int]:
+    """Shape of the float32 scratch: per thread a decoded panel, scores, queries, two partial results."""
+    group = num_heads // num_kv_heads
+    panel = MAX_TOKENS_PER_BLOCK * head_dim
+    token = head_dim + head_dim // 4  # one token's scales, and its bytes where they are not contiguous
+    return num_threads, panel + token + group * (MAX_TOKENS_PER_BLOCK + head_dim + 2 * (head_dim + 2))
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """The metadata of one decode step, checked once and used by every layer.
+
+    ``seq_segments`` int32 [batch + 1] says which segments each sequence has; ``segments`` int32 [num_segments, 3] are
+    (format code, num_tokens, first index into block_table); ``block_table`` int32 holds slot ids. ``scratch`` is
+    float32 of ``scratch_shape``; its first dimension is the number of threads. Changing any of them later is a bug.
+    """
+
+    seq_segments: np.ndarray
+    segments: np.ndarray
+    block_table: np.ndarray
+    scratch: np.ndarray
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_slots: int
+    slot_bytes: int
+    seq_units: np.ndarray  # int64 [batch + 1], units of work before each sequence
+
+    @classmethod
+    def build(
+        cls,
+        seq_segments: torch.Tensor,
+        segments: torch.Tensor,
+        block_table: torch.Tensor,
+        scratch: torch.Tensor,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        num_slots: int,
+        slot_bytes: int,
+    ) -> "AttentionPlan":
+        """Check everything that indexes memory; raises ValueError that says what is wrong."""
+        for name, tensor, dims in (
+            ("seq_segments", seq_segments, 1),
+            ("segments", segments, 2),
+            ("block_table", block_table, 1),
+        ):
+            if tensor.dtype != torch.int32 or tensor.dim() != dims or not tensor.is_contiguous():
+                raise ValueError(f"{name} must be contiguous int32 of {dims} dimensions")
+        if len(seq_segments) < 2 or segments.shape[1] != 3:
+            raise ValueError("seq_segments must be [batch + 1], segments [num_segments, 3]")
+        if num_heads % num_kv_heads:
+            raise ValueError(f"{num_heads} heads cannot share {num_kv_heads} KV heads evenly")
+        if slot_bytes % FACE:
+            raise ValueError(f"slot_bytes must be a multiple of {FACE}, not {slot_bytes}")
+        shape = scratch_shape(max(len(scratch), 1), num_heads, num_kv_heads, head_dim)
+        if scratch.dtype != torch.float32 or tuple(scratch.shape) != shape or not scratch.is_contiguous():
+            raise ValueError(f"scratch must be contiguous float32 {list(shape)}, not {list(scratch.shape)}")
+        metadata = (seq_segments.numpy(), segments.numpy(), block_table.numpy())
+        seq_units = np.empty(len(seq_segments), np.int64)
+        mistake = _check_metadata(*metadata, num_kv_heads, head_dim, num_slots, slot_bytes, seq_units)
+        if mistake:
+            raise ValueError(_MISTAKES[mistake])
+        sizes = (num_heads, num_kv_heads, head_dim, num_slots, slot_bytes)
+        return cls(*metadata, scratch.numpy(), *sizes, seq_units)
+
+    def run(self, q: torch.Tensor, slots: torch.Tensor, out: torch.Tensor, sm_scale: float) -> None:
+        """One layer: q and out [batch, num_heads, head_dim], slots uint8 [num_slots, slot_bytes]."""
+        shape = (len(self.seq_units) - 1, self.num_heads, self.head_dim)
+        if q.shape != shape or out.shape != shape or q.dtype != out.dtype or q.dtype not in DTYPES:
+            raise ValueError(
+                f"q and out must both be float32 or both bfloat16 {list(shape)}, "
+                f"not {q.dtype} {list(q.shape)} and {out.dtype} {list(out.shape)}"
+            )
+        if slots.shape != (self.num_slots, self.slot_bytes) or slots.dtype != torch.uint8 or slots.data_ptr() % 4:
+            raise ValueError(f"slots must be uint8 {[self.num_slots, self.slot_bytes]}, aligned to 4 bytes")
+        if not (q.is_contiguous() and out.is_contiguous() and slots.is_contiguous()):
+            raise ValueError("q, out and slots must be contiguous")
+        _attend(
+            numpy_view(q), _views(slots.numpy()),
+            self.seq_segments, self.segments, self.block_table, self.seq_units,
+            numpy_view(out), self.scratch, self.scratch.view(np.uint8), self.num_kv_heads, sm_scale,
+        )  # fmt: skip
+
+
+def _views(slots: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The slots as uint8, uint16 and float32, and in rows of 16 bytes as uint8 and float32."""
+    rows = slots.reshape(len(slots), -1, FACE)
+    return slots, slots.view(np.uint16), slots.view(np.float32), rows, rows.view(np.float32)
+
+
+def paged_decode_attention(
+    q: torch.Tensor,
+    slots: torch.Tensor,
+    seq_segments: torch.Tensor,
+    segments: torch.Tensor,
+    block_table: torch.Tensor,
+    out: torch.Tensor,
+    scratch: torch.Tensor,
+    sm_scale: float,
+    num_kv_heads: int,
+) -> None:
+    """Attention of one query token per sequence over its segments: a plan (see AttentionPlan) built and run once."""
+    plan = AttentionPlan.build(
+        seq_segments, segments, block_table, scratch,
+        num_heads=q.shape[1], num_kv_heads=num_kv_heads, head_dim=q.shape[2],
+        num_slots=slots.shape[0], slot_bytes=slots.shape[1],
+    )  # fmt: skip
+    plan.run(q, slots, out, sm_scale)
+
+
+def paged_decode_attention_reference(
+    q: torch.Tensor,
+    slots: torch.Tensor,
+    seq_segments: torch.Tensor,
+    segments: torch.Tensor,
+    block_table: torch.Tensor,
+    out: torch.Tensor,
+    scratch: torch.Tensor,
+    sm_scale: float,
+    num_kv_heads: int,
+    decode: Callable[[str, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]],
+) -> None:
+    """The reference twin, in float64 and without scratch.
+
+    ``decode(format name, blocks uint8 [num_blocks, slot_bytes], num_tokens)`` gives K and V, each
+    [num_tokens, num_kv_heads, head_dim]: the codecs belong to the caller.
+    """
+    group = q.shape[1] // num_kv_heads
+    for b, (begin, end) in enumerate(pairwise(seq_segments.tolist())):
+        parts = []
+        for code, num_tokens, first in segments[begin:end].tolist():
+            num_blocks = -(-num_tokens // TOKENS_PER_BLOCK[code])
+            parts.append(decode(FORMAT_NAMES[code], slots[block_table[first : first + num_blocks].long()], num_tokens))
+        k, v = (torch.cat(part).double().repeat_interleave(group, dim=1) for part in zip(*parts, strict=True))
+        weights = torch.softmax(torch.einsum("hd,thd->ht", q[b].double(), k) * sm_scale, dim=-1)
+        out[b] = torch.einsum("ht,thd->hd", weights, v)
+
+
+def append_kv(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slots: torch.Tensor,
+    slot_ids: torch.Tensor,
+    offsets: torch.Tensor,
+    format_name: str,
+) -> tuple[int, ...]:
+    """Write one new token per sequence into its tail block, slot_ids[b] at token offsets[b] (both int32 [batch]).
+
+    k and v are both float32 or both bfloat16 [batch, num_kv_heads, head_dim], the last dimension contiguous; the tail
+    is ``bf16`` or ``fp32``. Returns the rows that are not finite in that format, as ``pack_blocks`` does. Raises
+    ValueError on what does not fit.
+    """
+    if format_name not in ("fp32", "bf16"):
+        raise ValueError(f"a tail is fp32 or bf16, not {format_name!r}")
+    if k.dim() != 3 or k.shape != v.shape or k.dtype != v.dtype or k.dtype not in DTYPES:
+        raise ValueError("k and v must both be float32 or both bfloat16 [batch, num_kv_heads, head_dim]")
+    if k.stride(2) != 1 or v.stride(2) != 1:
+        raise ValueError("the last dimension of k and v must be contiguous")
+    if any(x.shape != k.shape[:1] or x.dtype != torch.int32 or not x.is_contiguous() for x in (slot_ids, offsets)):
+        raise ValueError(f"slot_ids and offsets must be contiguous int32 [{len(k)}]")
+    if slots.dtype != torch.uint8 or slots.dim() != 2 or not slots.is_contiguous() or slots.data_ptr() % 4:
+        raise ValueError("slots must be contiguous uint8 [num_slots, slot_bytes], aligned to 4 bytes")
+    if slots.shape[1] % FACE or slots.shape[1] < 64 * k.shape[1] * k.shape[2]:
+        raise ValueError(f"a block of {format_name} does not fit into slots of {slots.shape[1]} bytes")
+    bad = np.zeros(len(k), np.uint8)
+    num_bad = _append(
+        FORMAT_NAMES.index(format_name), flat_view(k), flat_view(v), (*k.stride()[:2], *v.stride()[:2]),
+        k.shape[1], k.shape[2], _views(slots.numpy()), slot_ids.numpy(), offsets.numpy(), bad,
+    )  # fmt: skip
+    if num_bad < 0:
+        raise ValueError("a slot id or an offset lies outside the arena or the block")
+    return tuple(bad.nonzero()[0].tolist()) if num_bad else ()
+
+
+_MISTAKES = {
+    1: "seq_segments must rise from 0 to the number of segments, and every sequence needs a segment",
+    2: "a segment's format code is unknown, or its format is not defined for head_dim",
+    3: "a segment has no tokens, or its blocks lie outside block_table",
+    4: "a block of a segment's format does not fit into a slot",
+    5: "block_table holds a slot id outside the arena",
+}
+
+
+@njit(**COMPILE)
+def _check_metadata(seq_segments, segments, block_table, num_kv_heads, head_dim, num_slots, slot_bytes, seq_units):
+    """Fill seq_units and return 0, or a key of _MISTAKES."""
+    if seq_segments[0] != 0 or seq_segments[-1] != segments.shape[0]:
+        return 1
+    seq_units[0] = 0
+    for b in range(seq_segments.shape[0] - 1):
+        if seq_segments[b + 1] <= seq_segments[b]:
+            return 1
+        blocks = 0
+        for s in range(seq_segments[b], seq_segments[b + 1]):
+            code, num_tokens, first = segments[s, 0], segments[s, 1], segments[s, 2]
+            if code < FP32 or code > BFP8:
+                return 2
+            if (code in (INT8, FP8_E4M3) and head_dim < 64) or (code in (MXFP8, BFP8) and head_dim % GROUP):
+                return 2
+            num_blocks = -(-num_tokens // TOKENS_PER_BLOCK[code])
+            if num_tokens < 1 or first < 0 or first + num_blocks > block_table.shape[0]:
+                return 3
+            if 2 * num_kv_heads * panel_bytes(code, head_dim) > slot_bytes:
+                return 4
+            for i in range(first, first + num_blocks):
+                if block_table[i] < 0 or block_table[i] >= num_slots:
+                    return 5
+            blocks += num_blocks
+        seq_units[b + 1] = seq_units[b] + blocks * num_kv_heads
+    return 0
+
+
+@njit(parallel=True, **COMPILE)
+def _attend(
+    q, views,
+    seq_segments, segments, block_table, seq_units,
+    out, scratch, scratch_u8, num_kv_heads, sm_scale,
+):  # fmt: skip
+    for worker in prange(scratch.shape[0]):
+        _run_worker(
+            np.int64(worker), q, views,
+            seq_segments, segments, block_table, seq_units,
+            out, scratch, scratch_u8, num_kv_heads, np.float32(sm_scale),
+        )  # fmt: skip
+    _merge_partials(seq_units, out, scratch, num_kv_heads)
+
+
+@njit(**HELPER)
+def _run_worker(
+    worker, q, views,
+    seq_segments, segments, block_table, seq_units,
+    out, scratch, scratch_u8, num_kv_heads, sm_scale,
+):  # fmt: skip
+    """Work through this worker's run of units, one (sequence, head) after the other."""
+    group, head_dim = q.shape[1] // num_kv_heads, q.shape[2]
+    panel, scores, query, spare = _working_memory(scratch[worker], scratch_u8[worker], group, head_dim)
+    unit, end = _share(worker, scratch.shape[0], seq_units)
+    while unit < end:
+        b, head, skip, blocks = _locate(unit, seq_units, num_kv_heads)
+        count = min(blocks - skip, end - unit)
+        acc, peaks, sums = _partial(scratch[worker], 0 if skip else 1, group, head_dim)
+        _load_query(q[b, head * group : (head + 1) * group], sm_scale, query)
+        acc[:, :] = ZERO
+        peaks[:] = -np.inf
+        sums[:] = ZERO
+        for s in range(seq_segments[b], seq_segments[b + 1]):
+            code, num_tokens, first = segments[s, 0], segments[s, 1], segments[s, 2]
+            tokens_per_block = TOKENS_PER_BLOCK[code]
+            num_blocks = -(-num_tokens // tokens_per_block)
+            start = 2 * head * panel_bytes(code, head_dim)
+            for j in range(max(skip, 0), min(num_blocks, skip + count)):
+                tokens = min(tokens_per_block, num_tokens - j * tokens_per_block)
+                slot = block_table[first + j]
+                _decode_panel(code, views, slot, start, tokens, panel, spare)
+                _score(query, panel, tokens, scores)
+                _softmax(scores, tokens, acc, peaks, sums)
+                _decode_panel(code, views, slot, start + panel_bytes(code, head_dim), tokens, panel, spare)
+                _accumulate(scores, panel, tokens, acc)
+            skip -= num_blocks
+        if count == blocks:
+            _finish(acc, sums, out[b, head * group : (head + 1) * group])
+        unit += count
+
+
+@njit(**HELPER)
+def _share(worker, num_workers, seq_units):
+    """The run of units [begin, end) of a worker."""
+    total = seq_units[-1]
+    return total * worker // num_workers, total * (worker + 1) // num_workers
+
+
+@njit(**HELPER)
+def _locate(unit, seq_units, num_kv_heads):
+    """The (sequence, head) of a unit, its block counted within the sequence, and the sequence's number of blocks."""
+    b = np.searchsorted(seq_units, unit, side="right") - 1
+    blocks = (seq_units[b + 1] - seq_units[b]) // num_kv_heads
+    within = unit - seq_units[b]
+    return b, within // blocks, within % blocks, blocks
+
+
+@njit(**HELPER)
+def _working_memory(memory, memory_u8, group, head_dim):
+    """This worker's panel [32, head_dim], scores [group, 32], query [group, head_dim] and spare (see _decode_panel)."""
+    a = MAX_TOKENS_PER_BLOCK * head_dim
+    b = a + group * MAX_TOKENS_PER_BLOCK
+    c = b + group * head_dim
+    d = c + head_dim
+    return (
+        memory[:a].reshape(MAX_TOKENS_PER_BLOCK, head_dim),
+        memory[a:b].reshape(group, MAX_TOKENS_PER_BLOCK),
+        memory[b:c].reshape(group, head_dim),
+        (
+            memory[c:d],
+            memory[c : c + head_dim // GROUP * GROUP].reshape(head_dim // GROUP, GROUP),
+            memory[c : c + head_dim // FACE * FACE].reshape(head_dim // FACE, FACE),
+            memory_u8[4 * d : 4 * d + head_dim],
+            memory[d : d + head_dim // FACE * (FACE // 4)].reshape(head_dim // FACE, FACE // 4),
+        ),
+    )
+
+
+@njit(**HELPER)
+def _partial(memory, which, group, head_dim):
+    """Accumulators [group, head_dim], score maxima [group] and sums [group].
+
+    A run has at most two partial results: 0 is of the head it begins inside of, 1 of the head that it begins but may
+    not end.
+    """
+    size = group * (head_dim + 2)
+    begin = memory.shape[0] - (2 - which) * size
+    a = begin + group * head_dim
+    acc = memory[begin:a].reshape(group, head_dim)
+    return acc, memory[a : a + group], memory[a + group : a + 2 * group]
+
+
+@njit(**HELPER)
+def _load_query(source, sm_scale, query):
+    for g in range(query.shape[0]):
+        for i in range(query.shape[1]):
+            query[g, i] = to_f32(source[g, i]) * sm_scale
+
+
+@njit(fastmath=REASSOCIATE, **HELPER)
+def _score(query, panel, tokens, scores):
+    """scores [group, 32] = query [group, head_dim] . panel [32, head_dim], rounded up to whole UNROLLs of tokens."""
+    for t in range(0, tokens, UNROLL):
+        k0, k1, k2, k3 = panel[t], panel[t + 1], panel[t + 2], panel[t + 3]
+        for g in range(query.shape[0]):
+            row = query[g]
+            s0, s1, s2, s3 = ZERO, ZERO, ZERO, ZERO
+            for i in range(row.shape[0]):
+                s0 += row[i] * k0[i]
+                s1 += row[i] * k1[i]
+                s2 += row[i] * k2[i]
+                s3 += row[i] * k3[i]
+            scores[g, t], scores[g, t + 1], scores[g, t + 2], scores[g, t + 3] = s0, s1, s2, s3
+
+
+@njit(**HELPER)
+def _softmax(scores, tokens, acc, peaks, sums):
+    """Turn scores into weights relative to the running maximum and rescale what was gathered under the older one."""
+    for g in range(scores.shape[0]):
+        row = scores[g]
+        peak = peaks[g]
+        for t in range(tokens):
+            peak = max(peak, row[t])
+        if peak > peaks[g]:
+            _rescale(acc[g], _exp(peaks[g] - peak))
+            sums[g] *= _exp(peaks[g] - peak)
+            peaks[g] = peak
+        sums[g] += _weigh(row, tokens, peak)
+
+
+@njit(**HELPER)
+def _rescale(values, factor):
+    for i in range(values.shape[0]):
+        values[i] *= factor
+
+
+@njit(fastmath=REASSOCIATE, **HELPER)
+def _weigh(row, tokens, peak):
+    """row = exp(row - peak), 0 past the last token; returns the sum."""
+    total = ZERO
+    for t in range(MAX_TOKENS_PER_BLOCK):
+        weight = _exp(row[t] - peak) if t < tokens else ZERO
+        row[t] = weight
+        total += weight
+    return total
+
+
+@njit(forceinline=True, **HELPER)
+def _exp(x):
+    """exp of x <= 0 to about 1e-7, without branches so that loops over it vectorize; NaN stays NaN.
+
+    2^n * e^r with n the nearest integer to x / ln 2 and the polynomial of Cephes expf for e^r. Not to be compiled with
+    reassociation, which would undo the rounding.
+    """
+    x = EXP_MIN if x < EXP_MIN else x
+    shifted = x * LOG2_E + ROUND_TO_INTEGER
+    n = shifted - ROUND_TO_INTEGER
+    r = (x - n * LN2_HIGH) - n * LN2_LOW
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    p = (p * r) * r + r + np.float32(1.0)
+    return p * float_of((bits_of(shifted) << np.uint32(23)) + np.uint32(127 << 23))
+
+
+@njit(fastmath=REASSOCIATE, **HELPER)
+def _accumulate(weights, panel, tokens, acc):
+    """acc [group, head_dim] += weights [group, 32] x panel [32, head_dim]."""
+    for t in range(0, tokens, UNROLL):
+        v0, v1, v2, v3 = panel[t], panel[t + 1], panel[t + 2], panel[t + 3]
+        for g in range(acc.shape[0]):
+            w0, w1, w2, w3 = weights[g, t], weights[g, t + 1], weights[g, t + 2], weights[g, t + 3]
+            row = acc[g]
+            for i in range(row.shape[0]):
+                row[i] += (w0 * v0[i] + w1 * v1[i]) + (w2 * v2[i] + w3 * v3[i])
+
+
+@njit(**HELPER)
+def _finish(acc, sums, target):
+    for g in range(acc.shape[0]):
+        inverse = np.float32(1.0) / sums[g]
+        row = target[g]
+        for i in range(acc.shape[1]):
+            store_f32(row, i, acc[g, i] * inverse)
+
+
+@njit(**HELPER)
+def _merge_partials(seq_units, out, scratch, num_kv_heads):
+    """Merge the partial results of every (sequence, head) that a boundary between two workers' runs splits."""
+    num_workers, group, head_dim = scratch.shape[0], out.shape[1] // num_kv_heads, out.shape[2]
+    for worker in range(num_workers - 1):
+        begin, end = _share(worker, num_workers, seq_units)
+        b, head, skip, blocks = _locate(min(end, seq_units[-1] - 1), seq_units, num_kv_heads)
+        if begin == end or skip == 0 or end - skip < begin:
+            continue  # no boundary inside a head, or the head began in an earlier run
+        acc, peaks, sums = _partial(scratch[worker], 1, group, head_dim)
+        other = worker + 1
+        while _share(other, num_workers, seq_units)[0] < end - skip + blocks:
+            if _share(other, num_workers, seq_units)[0] < _share(other, num_workers, seq_units)[1]:
+                _merge(acc, peaks, sums, _partial(scratch[other], 0, group, head_dim))
+            other += 1
+            if other == num_workers:
+                break
+        _finish(acc, sums, out[b, head * group : (head + 1) * group])
+
+
+@njit(**HELPER)
+def _merge(acc, peaks, sums, other):
+    for g in range(acc.shape[0]):
+        peak = max(peaks[g], other[1][g])
+        mine, theirs = _exp(peaks[g] - peak), _exp(other[1][g] - peak)
+        for i in range(acc.shape[1]):
+            acc[g, i] = acc[g, i] * mine + other[0][g, i] * theirs
+        sums[g] = sums[g] * mine + other[2][g] * theirs
+        peaks[g] = peak
+
+
+@njit(**HELPER)
+def _decode_panel(code, views, slot, start, tokens, panel, spare):
+    """Decode one panel that starts at byte ``start`` of a slot, rounded up to whole UNROLLs of tokens.
+
+    The rows past the end repeat the last token, so that nothing undefined enters a sum. ``spare`` holds one token's
+    scales and bytes.
+    """
+    memory_u8, memory_u16, memory_f32 = views[0][slot], views[1][slot], views[2][slot]
+    scales, scales_32, scales_16, gathered_u8, gathered_f32 = spare
+    head_dim = panel.shape[1]
+    for t in range(-(-tokens // UNROLL) * UNROLL):
+        token = min(t, tokens - 1)
+        row = panel[t]
+        source = memory_u8[start + token * head_dim : start + (token + 1) * head_dim]
+        if code == FP32:
+            _load_values(memory_f32[start // 4 + token * head_dim : start // 4 + (token + 1) * head_dim], row)
+        elif code == BF16:
+            _load_values(memory_u16[start // 2 + token * head_dim : start // 2 + (token + 1) * head_dim], row)
+        elif code == INT8:
+            _load_int8(source, memory_f32[start // 4 + 8 * head_dim + token], row)
+        elif code == FP8_E4M3:
+            _fill(scales, memory_f32[start // 4 + 8 * head_dim + token])
+            _load_e4m3(source, scales, row)
+        elif code == MXFP8:
+            _spread_mxfp8(memory_u8[start + 32 * head_dim : start + 33 * head_dim], token, scales_32)
+            _load_e4m3(source, scales, row)
+        else:
+            first = start // FACE
+            _gather_bfp8(views[3][slot, first:], views[4][slot, first:], token, scales_16, gathered_f32)
+            _load_bfp8(gathered_u8, scales, row)
+
+
+@njit(**HELPER)
+def _fill(row, value):
+    for i in range(row.shape[0]):
+        row[i] = value
+
+
+@njit(**HELPER)
+def _load_values(source, row):
+    for i in range(row.shape[0]):
+        row[i] = to_f32(source[i])
+
+
+@njit(**HELPER)
+def _load_int8(source, scale, row):
+    for i in range(row.shape[0]):
+        row[i] = np.float32(np.int8(source[i])) * scale
+
+
+@njit(**HELPER)
+def _load_e4m3(source, scales, row):
+    for i in range(row.shape[0]):
+        byte = np.uint32(source[i])
+        magnitude = byte & np.uint32(0x7F)
+        normal = float_of((magnitude << np.uint32(20)) + np.uint32(120 << 23))  # exponent bias 7 -> 127
+        value = normal if magnitude >= np.uint32(8) else np.float32(magnitude) * E4M3_SUBNORMAL_STEP
+        value = value if magnitude < np.uint32(0x7F) else np.float32(np.nan)
+        row[i] = float_of(bits_of(value) | ((byte & np.uint32(0x80)) << np.uint32(24))) * scales[i]
+
+
+@njit(**HELPER)
+def _load_bfp8(source, scales, row):
+    for i in range(row.shape[0]):
+        byte = np.uint32(source[i])
+        size = np.float32(byte & np.uint32(0x7F)) * scales[i]
+        row[i] = float_of(bits_of(size) | ((byte & np.uint32(0x80)) << np.uint32(24)))
+
+
+@njit(**HELPER)
+def _spread_mxfp8(fields, token, scales):
+    """One token's scales [head_dim / 32, 32], each repeated for the dims that share it."""
+    for g in range(scales.shape[0]):
+        _fill(scales[g], _power_of_two(np.int64(fields[token * scales.shape[0] + g]) - 127))
+
+
+@njit(**HELPER)
+def _gather_bfp8(rows_u8, rows_f32, token, scales, gathered):
+    """One token's values, gathered from the faces of a panel in rows of 16 bytes, and their scales spread alike."""
+    for h in range(scales.shape[0]):
+        face = 2 * (token // FACE) + h % 2
+        tile = (h // 2) * TILE_ROWS
+        _fill(scales[h], _power_of_two(np.int64(rows_u8[tile + face, token % FACE]) - 133))
+        for i in range(FACE // 4):
+            gathered[h, i] = rows_f32[tile + 4 + FACE * face + token % FACE, i]
+
+
+@njit(**HELPER)
+def _power_of_two(exponent):
+    """2^exponent as float32, for -149..128 (128: infinity)."""
+    if exponent < -126:
+        return float_of(np.uint32(1) << np.uint32(exponent + 149))
+    return float_of(np.uint32(exponent + 127) << np.uint32(23))
+
+
+@njit(**COMPILE)
+def _append(code, k, v, strides, num_kv_heads, head_dim, views, slot_ids, offsets, bad):
+    """Returns the number of rows marked in ``bad``, or -1, nothing written, if a slot id or offset is out of range."""
+    for b in range(slot_ids.shape[0]):
+        slot_fits = 0 <= slot_ids[b] < views[0].shape[0]
+        if not (slot_fits and 0 <= offsets[b] < TOKENS_PER_BLOCK[code]):
+            return -1
+    limit = BF16_OVERFLOW_BITS if code == BF16 else INFINITY_BITS
+    num_bad = 0
+    for b in range(slot_ids.shape[0]):
+        peak = np.uint32(0)
+        for head in range(num_kv_heads):
+            start = (2 * head * TOKENS_PER_BLOCK[code] + offsets[b]) * head_dim
+            k_row = k[b * strides[0] + head * strides[1] :][:head_dim]
+            v_row = v[b * strides[2] + head * strides[3] :][:head_dim]
+            v_start = start + TOKENS_PER_BLOCK[code] * head_dim
+            if code == BF16:
+                memory = views[1][slot_ids[b]]
+                peak = max(peak, _store_token(k_row, memory[start : start + head_dim]))
+                peak = max(peak, _store_token(v_row, memory[v_start : v_start + head_dim]))
+            else:
+                values = views[2][slot_ids[b]]
+                peak = max(peak, _store_token(k_row, values[start : start + head_dim]))
+                peak = max(peak, _store_token(v_row, values[v_start : v_start + head_dim]))
+        if peak >= limit:
+            bad[b] = 1
+            num_bad += 1
+    return num_bad
+
+
+@njit(**HELPER)
+def _store_token(source, target):
+    """Store one row and return the largest magnitude in it, as float32 bits."""
+    peak = np.uint32(0)
+    for i in range(target.shape[0]):
+        value = to_f32(source[i])
+        peak = max(peak, bits_of(value) & MAGNITUDE)
+        store_f32(target, i, value)
+    return peak
+
+
+def warm_up() -> None:
+    """Compile what is not in the cache yet."""
+    one, zero = torch.ones(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    slots = torch.zeros(1, 2 * 34 * 32 + 128, dtype=torch.uint8)
+    scratch = torch.empty(scratch_shape(1, 1, 1, 32))
+    for dtype in DTYPES:
+        q = torch.zeros(1, 1, 32, dtype=dtype)
+        append_kv(q, q, slots, zero, zero, "bf16")
+        segments = torch.tensor([[BF16, 1, 0]], dtype=torch.int32)
+        paged_decode_attention(q, slots, torch.cat((zero, one)), segments, zero, q, scratch, 1.0, 1)

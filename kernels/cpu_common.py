@@ -1,0 +1,114 @@
+"""What the CPU kernels share: numba settings and scalar conversions that LLVM vectorizes.
+
+Tensors reach numba as numpy views of the same memory; bfloat16, which numpy lacks, travels as uint16 bits.
+"""
+
+import numpy as np
+import torch
+from numba import njit, types
+from numba.extending import overload, register_jitable
+
+# Compiled once per machine into __pycache__ (scripts/setup warms it up); nogil so that the event loop's thread runs on.
+COMPILE = {"cache": True, "nogil": True, "boundscheck": False, "error_model": "numpy"}
+# For what only kernels call: inlined into them and cached with them. Without reference counts, whose atomic operations
+# cost more than a row of a block: a helper borrows the arrays of its caller and must not allocate one.
+HELPER = COMPILE | {"cache": False, "_nrt": False}
+# Lets reductions vectorize. Never "nnan"/"ninf": infinities and NaNs must stay visible.
+REASSOCIATE = {"reassoc", "contract", "nsz"}
+
+
+@njit(inline="always", **COMPILE)
+def bf16_to_f32(bits):
+    """The float32 with the bits of a bfloat16 on top."""
+    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+
+@njit(inline="always", **COMPILE)
+def f32_to_bf16(value):
+    """Round a finite float32 to bfloat16 bits, to nearest even."""
+    bits = np.float32(value).view(np.uint32)
+    return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+def numpy_view(tensor: torch.Tensor) -> np.ndarray:
+    """A CPU tensor's own memory as numpy; bfloat16 as uint16 bits."""
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.view(torch.uint16)
+    return tensor.detach().numpy()
+
+
+def flat_view(tensor: torch.Tensor) -> np.ndarray:
+    """The memory from the tensor's first to its last element, one-dimensional, whatever its strides."""
+    if not tensor.numel():
+        return numpy_view(tensor.flatten())
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return numpy_view(tensor.as_strided((span,), (1,)))
+
+
+INFINITY_BITS = np.uint32(0x7F800000)
+BF16_OVERFLOW_BITS = np.uint32(0x7F7F8000)  # from here on a float32 rounds to a bfloat16 infinity
+MAGNITUDE = np.uint32(0x7FFFFFFF)  # all but the sign
+
+# Formats by code, their order and layout as docs/formats.md has them: the code is the index of the name.
+FORMAT_NAMES = ("fp32", "bf16", "int8", "fp8_e4m3", "mxfp8", "bfp8")
+FP32, BF16, INT8, FP8_E4M3, MXFP8, BFP8 = range(6)
+TOKENS_PER_BLOCK = (8, 16, 32, 32, 32, 32)
+MAX_TOKENS_PER_BLOCK = 32
+GROUP = 32  # dims that share an mxfp8 scale; width of a bfp8 tile
+FACE = 16  # a bfp8 tile is 2 x 2 faces of 16 x 16 values
+TILE_ROWS = 68  # a bfp8 tile in rows of 16 bytes: 4 of exponents, 64 of values
+
+
+@njit(forceinline=True, **HELPER)
+def bits_of(value):
+    """The bits of a float32."""
+    return np.float32(value).view(np.uint32)
+
+
+@njit(forceinline=True, **HELPER)
+def float_of(bits):
+    """The float32 that has these bits."""
+    return np.uint32(bits).view(np.float32)
+
+
+@register_jitable
+def panel_bytes(code: int, head_dim: int) -> int:
+    """Bytes of one head's K or V of one block."""
+    if code in (INT8, FP8_E4M3):
+        return 32 * head_dim + 128
+    if code == MXFP8:
+        return 33 * head_dim
+    if code == BFP8:
+        return 34 * head_dim
+    return 32 * head_dim
+
+
+def to_f32(value):
+    """One element of a numpy view as float32, inside kernels: float32 itself, or bfloat16 bits."""
+    raise NotImplementedError("only inside compiled kernels")
+
+
+@overload(to_f32)
+def _overload_to_f32(value):
+    if isinstance(value, types.Integer):
+        return lambda value: bf16_to_f32(value)
+    return lambda value: value
+
+
+def store_f32(target, index, value):
+    """Store a float32 into a numpy view of float32, or rounded into one of bfloat16 bits, inside kernels."""
+    raise NotImplementedError("only inside compiled kernels")
+
+
+@overload(store_f32)
+def _overload_store_f32(target, index, value):
+    if isinstance(target.dtype, types.Integer):
+
+        def store(target, index, value):
+            target[index] = f32_to_bf16(value)
+    else:
+
+        def store(target, index, value):
+            target[index] = value
+
+    return store

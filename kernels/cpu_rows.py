@@ -1,0 +1,391 @@
+"""Row kernels of the transformer on CPU: everything between two matrix products, one pass over each row.
+
+Rows are bfloat16 or float32. Sums and products are float32, rounded to the row's type wherever the unfused model
+would round, so a fused row equals the unfused one up to the order of a sum. Launchers check shapes and
+types and then hand plain addresses to the kernel: a numpy view of each tensor would cost more than a small kernel.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numba import njit, types
+from numba.extending import intrinsic, overload
+
+from hmad_kernels.cpu_common import COMPILE, REASSOCIATE, bf16_to_f32, f32_to_bf16
+
+INT8_MAX = 127.0
+TINY_ROW = 2.0**-100  # rows below it quantize to zeros: 127 / max|x| must stay finite
+LOG2_E = np.float32(1.4426950408889634)
+LN_2 = np.float32(0.6931471805599453)
+# What the kernel takes a row's type from: bfloat16 travels as its bits.
+_TAG = {torch.bfloat16: np.uint16(0), torch.float32: np.float32(0)}
+
+
+class Int8Rows(NamedTuple):
+    """Rows quantized one by one: row t stands for values[t] * scales[t]."""
+
+    values: torch.Tensor  # [T, K] int8
+    scales: torch.Tensor  # [T] float32
+
+
+# --- jit helpers ------------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def pointer(typingctx, address, tag):
+    """A typed pointer of an address; the element type is that of ``tag``."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(tag)(address, tag), codegen
+
+
+def load(rows, index):
+    """Element ``index`` as float32."""
+
+
+def rounded(value, rows):
+    """A float32 rounded to the element type of ``rows``, still float32."""
+
+
+def store(rows, index, value):
+    """Round a float32 into element ``index``."""
+
+
+def _is_bf16(rows):
+    return rows.dtype == types.uint16
+
+
+@overload(load, inline="always")
+def _load(rows, index):
+    if _is_bf16(rows):
+        return lambda rows, index: bf16_to_f32(rows[index])
+    return lambda rows, index: rows[index]
+
+
+@overload(rounded, inline="always")
+def _rounded(value, rows):
+    if _is_bf16(rows):
+        return lambda value, rows: bf16_to_f32(f32_to_bf16(value))
+    return lambda value, rows: np.float32(value)
+
+
+@overload(store, inline="always")
+def _store(rows, index, value):
+    if _is_bf16(rows):
+
+        def store_bf16(rows, index, value):
+            rows[index] = f32_to_bf16(value)
+
+        return store_bf16
+
+    def store_f32(rows, index, value):
+        rows[index] = np.float32(value)
+
+    return store_f32
+
+
+@njit(inline="always", **COMPILE)
+def exp_f32(x):
+    """e^x to about two units in the last place; a polynomial, because libm's exp would not vectorize."""
+    x = min(max(x, np.float32(-87.0)), np.float32(87.0))
+    n = np.rint(x * LOG2_E)
+    r = x - n * LN_2
+    p = np.float32(1 / 5040)
+    for coefficient in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0):
+        p = p * r + np.float32(coefficient)
+    return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@njit(fastmath=REASSOCIATE, **COMPILE)
+def sum_of_squares(rows, base, n):
+    total = np.float32(0)
+    for c in range(n):
+        v = load(rows, base + c)
+        total += v * v
+    return total
+
+
+@njit(fastmath=REASSOCIATE, **COMPILE)
+def add_row(x, delta, base, n):
+    for c in range(n):
+        store(x, base + c, load(x, base + c) + load(delta, base + c))
+
+
+@njit(**COMPILE)
+def norm_row(x, base, weight, n, eps, row):
+    """RMS norm of one row into float32 scratch: round the normed value, then times the weight."""
+    inverse = np.float32(1) / np.sqrt(sum_of_squares(x, base, n) / np.float32(n) + np.float32(eps))
+    for c in range(n):
+        row[c] = rounded(rounded(load(x, base + c) * inverse, x) * load(weight, c), x)
+
+
+@njit(**COMPILE)
+def silu_mul_row(gate_up, base, n, row):
+    for c in range(n):
+        gate = load(gate_up, base + c)
+        silu = rounded(gate / (np.float32(1) + exp_f32(-gate)), gate_up)
+        row[c] = rounded(silu * load(gate_up, base + n + c), gate_up)
+
+
+@njit(**COMPILE)
+def store_row(row, n, y, base):
+    for c in range(n):
+        store(y, base + c, row[c])
+
+
+@njit(fastmath=REASSOCIATE, **COMPILE)
+def quantize_row(row, n, q, base):
+    """Symmetric int8 of one row; returns its scale. The largest magnitude is found on bits, so a NaN is one too."""
+    top = np.uint32(0)
+    for c in range(n):
+        top = max(top, np.uint32(np.float32(row[c]).view(np.uint32) & np.uint32(0x7FFFFFFF)))
+    largest = np.uint32(top).view(np.float32)
+    inverse = np.float32(0) if largest < TINY_ROW else np.float32(INT8_MAX) / largest
+    for c in range(n):
+        q[base + c] = np.int8(np.int32(np.rint(row[c] * inverse)))
+    return np.float32(0) if largest < TINY_ROW else largest / np.float32(INT8_MAX)
+
+
+@njit(**COMPILE)
+def emit_row(row, n, r, out_address, scales_address, tag):
+    """One finished row goes out: quantized where there is room for its scale, else in the rows' own type."""
+    if scales_address:
+        scales = pointer(scales_address, np.float32(0))
+        scales[r] = quantize_row(row, n, pointer(out_address, np.int8(0)), r * n)
+    else:
+        store_row(row, n, pointer(out_address, tag), r * n)
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+@njit(**COMPILE)
+def _add_rms_norm(x_address, delta_address, weight_address, out_address, scales_address, num_rows, n, eps, tag):
+    x, delta, weight = pointer(x_address, tag), pointer(delta_address, tag), pointer(weight_address, tag)
+    row = np.empty(n, np.float32)
+    for r in range(num_rows):
+        if delta_address:
+            add_row(x, delta, r * n, n)
+        norm_row(x, r * n, weight, n, eps, row)
+        emit_row(row, n, r, out_address, scales_address, tag)
+
+
+@njit(**COMPILE)
+def _silu_mul(gate_up_address, out_address, scales_address, num_rows, n, tag):
+    gate_up = pointer(gate_up_address, tag)
+    row = np.empty(n, np.float32)
+    for r in range(num_rows):
+        silu_mul_row(gate_up, r * 2 * n, n, row)
+        emit_row(row, n, r, out_address, scales_address, tag)
+
+
+@njit(**COMPILE)
+def _quantize(x_address, out_address, scales_address, num_rows, n, tag):
+    x = pointer(x_address, tag)
+    row = np.empty(n, np.float32)
+    for r in range(num_rows):
+        for c in range(n):
+            row[c] = load(x, r * n + c)
+        emit_row(row, n, r, out_address, scales_address, tag)
+
+
+@njit(**COMPILE)
+def _scale_rows(x_address, scales_address, num_rows, n, tag):
+    x, scales = pointer(x_address, tag), pointer(scales_address, np.float32(0))
+    for r in range(num_rows):
+        scale = scales[r]
+        for c in range(n):
+            store(x, r * n + c, load(x, r * n + c) * scale)
+
+
+@njit(**COMPILE)
+def rope_row(row, half, cos_sin, angle_base, x, base):
+    """Rotate one normed head (float32 scratch) and store it; each product is rounded, as the unfused model does."""
+    for c in range(half):
+        cos, sin = load(cos_sin, angle_base + c), load(cos_sin, angle_base + half + c)
+        low, high = row[c], row[half + c]
+        store(x, base + c, rounded(low * cos, x) - rounded(high * sin, x))
+        store(x, base + half + c, rounded(high * cos, x) + rounded(low * sin, x))
+
+
+@njit(**COMPILE)
+def _qk_norm_rope(qkv_address, q_weight_address, k_weight_address, cos_sin_address,
+                  num_rows, num_heads, num_kv_heads, head_dim, eps, tag):  # fmt: skip
+    qkv, cos_sin = pointer(qkv_address, tag), pointer(cos_sin_address, tag)
+    q_weight, k_weight = pointer(q_weight_address, tag), pointer(k_weight_address, tag)
+    row = np.empty(head_dim, np.float32)
+    for r in range(num_rows):
+        for h in range(num_heads + num_kv_heads):
+            base = (r * (num_heads + 2 * num_kv_heads) + h) * head_dim
+            norm_row(qkv, base, q_weight if h < num_heads else k_weight, head_dim, eps, row)
+            rope_row(row, head_dim // 2, cos_sin, r * head_dim, qkv, base)
+
+
+# --- checked launchers ------------------------------------------------------------------------------------------------
+
+
+def _check(like: torch.Tensor, *tensors: tuple[torch.Tensor, tuple[int, ...]]) -> None:
+    """A kernel trusts its addresses, so every tensor must be what the kernel takes it for."""
+    for tensor, shape in tensors:
+        if tensor.dtype != like.dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous():
+            raise ValueError(f"need a contiguous {like.dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
+
+
+def _room_for_int8(num_rows: int, n: int) -> Int8Rows:
+    return Int8Rows(torch.empty((num_rows, n), dtype=torch.int8), torch.empty(num_rows, dtype=torch.float32))
+
+
+def _launch_add_rms_norm(
+    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float, out: torch.Tensor, scales: int
+) -> None:
+    num_rows, n = x.shape
+    _check(x, (x, (num_rows, n)), (weight, (n,)))
+    if delta is not None:
+        _check(x, (delta, (num_rows, n)))
+    delta_address = 0 if delta is None else delta.data_ptr()
+    _add_rms_norm(
+        x.data_ptr(), delta_address, weight.data_ptr(), out.data_ptr(), scales, num_rows, n, eps, _TAG[x.dtype]
+    )
+
+
+def add_rms_norm(x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x += delta in place (x, delta [T, N]; None adds nothing), and the RMS norm of the sum, times weight [N]."""
+    out = torch.empty_like(x)
+    _launch_add_rms_norm(x, delta, weight, eps, out, 0)
+    return out
+
+
+def add_rms_norm_int8(x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float) -> Int8Rows:
+    """``add_rms_norm`` whose result is quantized row by row."""
+    out = _room_for_int8(*x.shape)
+    _launch_add_rms_norm(x, delta, weight, eps, out.values, out.scales.data_ptr())
+    return out
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up -> [T, N] of gate_up [T, 2 N]."""
+    num_rows, n = gate_up.shape[0], gate_up.shape[1] // 2
+    _check(gate_up, (gate_up, (num_rows, 2 * n)))
+    out = torch.empty((num_rows, n), dtype=gate_up.dtype)
+    _silu_mul(gate_up.data_ptr(), out.data_ptr(), 0, num_rows, n, _TAG[gate_up.dtype])
+    return out
+
+
+def silu_mul_int8(gate_up: torch.Tensor) -> Int8Rows:
+    """``silu_mul`` whose result is quantized row by row."""
+    num_rows, n = gate_up.shape[0], gate_up.shape[1] // 2
+    _check(gate_up, (gate_up, (num_rows, 2 * n)))
+    out = _room_for_int8(num_rows, n)
+    _silu_mul(gate_up.data_ptr(), out.values.data_ptr(), out.scales.data_ptr(), num_rows, n, _TAG[gate_up.dtype])
+    return out
+
+
+def quantize_int8(x: torch.Tensor) -> Int8Rows:
+    """Each row of x [T, N] as int8 with one scale, max|x| / 127."""
+    num_rows, n = x.shape
+    _check(x, (x, (num_rows, n)))
+    out = _room_for_int8(num_rows, n)
+    _quantize(x.data_ptr(), out.values.data_ptr(), out.scales.data_ptr(), num_rows, n, _TAG[x.dtype])
+    return out
+
+
+def scale_rows(x: torch.Tensor, scales: torch.Tensor) -> None:
+    """x [T, N] *= scales [T] (float32), in place."""
+    num_rows, n = x.shape
+    _check(x, (x, (num_rows, n)))
+    _check(scales, (scales, (num_rows,)))
+    _scale_rows(x.data_ptr(), scales.data_ptr(), num_rows, n, _TAG[x.dtype])
+
+
+def qk_norm_rope(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos_sin: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    eps: float,
+) -> None:
+    """RMS norm per head, then rotary embedding, in place on the q and k heads of qkv [T, (H + 2 Hkv) * D].
+
+    q_weight, k_weight [D]; cos_sin [T, D] holds each row's D/2 cosines, then its D/2 sines.
+    """
+    num_rows, head_dim = qkv.shape[0], q_weight.shape[0]
+    width = (num_heads + 2 * num_kv_heads) * head_dim
+    _check(
+        qkv, (qkv, (num_rows, width)), (q_weight, (head_dim,)), (k_weight, (head_dim,)), (cos_sin, (num_rows, head_dim))
+    )
+    _qk_norm_rope(
+        qkv.data_ptr(), q_weight.data_ptr(), k_weight.data_ptr(), cos_sin.data_ptr(),
+        num_rows, num_heads, num_kv_heads, head_dim, eps, _TAG[qkv.dtype],
+    )  # fmt: skip
+
+
+# --- reference twins --------------------------------------------------------------------------------------------------
+
+
+def add_rms_norm_reference(
+    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """``add_rms_norm``, unfused."""
+    if delta is not None:
+        x += delta
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def silu_mul_reference(gate_up: torch.Tensor) -> torch.Tensor:
+    """``silu_mul``, unfused."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def quantize_int8_reference(x: torch.Tensor) -> Int8Rows:
+    """``quantize_int8``, unfused. The ``_int8`` launchers equal their plain twin followed by this."""
+    wide = x.float()
+    largest = wide.abs().amax(-1, keepdim=True)
+    tiny = largest < TINY_ROW
+    inverse = torch.where(tiny, 0.0, torch.full_like(largest, INT8_MAX) / largest)  # not scalar / tensor: that is inexact
+    scales = torch.where(tiny, 0.0, largest / INT8_MAX)
+    return Int8Rows((wide * inverse).round().to(torch.int8), scales.squeeze(-1))
+
+
+def scale_rows_reference(x: torch.Tensor, scales: torch.Tensor) -> None:
+    """``scale_rows``, unfused."""
+    x.copy_(x.float() * scales.unsqueeze(1))
+
+
+def qk_norm_rope_reference(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos_sin: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    eps: float,
+) -> None:
+    """``qk_norm_rope``, unfused."""
+    head_dim = q_weight.shape[0]
+    heads = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, head_dim)
+    for part, weight in (
+        (heads[:, :num_heads], q_weight),
+        (heads[:, num_heads : num_heads + num_kv_heads], k_weight),
+    ):
+        normed = add_rms_norm_reference(part, None, weight, eps)
+        low, high = normed.chunk(2, dim=-1)
+        cos, sin = cos_sin.unsqueeze(1).chunk(2, dim=-1)  # [T, 1, D/2]
+        part.copy_(torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1))
+
+
+def warm_up() -> None:
+    """Compile every kernel for every row type, so that the first request does not wait for it."""
+    for dtype in _TAG:
+        x, weight = torch.ones((1, 8), dtype=dtype), torch.ones(8, dtype=dtype)
+        add_rms_norm(x, None, weight, 1e-6)
+        silu_mul(x)
+        quantize_int8(x)
+        scale_rows(x, torch.ones(1))
+        qk_norm_rope(torch.ones((1, 24), dtype=dtype), weight, weight, x, 1, 1, 1e-6)

@@ -1,0 +1,57 @@
+"""What all tests share: nothing may hold up the event loop.
+
+pyproject.toml makes warnings errors and switches asyncio's debug mode on; here every callback that an event loop runs
+in a test is charged its thread's CPU time, and one above the budget fails the test.
+"""
+
+import asyncio
+import gc
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+pytest_plugins = ["pytester"]
+
+LOOP_BUDGET_S = 0.05  # about one decode step: whoever holds the loop longer is felt as a stutter in every stream
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Take the imported world out of the collector's sight, or its sweeps would be charged to innocent callbacks."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def unblocked_loop(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fail the test when a callback took more CPU time than the budget. Steps of the test function itself are free:
+    a test may compute what it expects."""
+    slow: list[str] = []
+    run: Callable[[asyncio.Handle], None] = asyncio.Handle._run
+
+    def run_charged(handle: asyncio.Handle) -> None:
+        start_s = time.thread_time()
+        run(handle)
+        taken_s = time.thread_time() - start_s
+        task = task_of(handle)
+        if taken_s > LOOP_BUDGET_S and not (task and is_step_of_test(task)):
+            slow.append(f"{task or handle} held the event loop for {taken_s * 1e3:.0f} ms of CPU time")
+
+    monkeypatch.setattr(asyncio.Handle, "_run", run_charged)
+    yield
+    if slow:
+        pytest.fail("\n".join(slow), pytrace=False)
+
+
+def task_of(handle: Any) -> Any:
+    """The task whose step a callback is, or None."""
+    owner = getattr(handle._callback, "__self__", None)
+    return owner if isinstance(owner, asyncio.Task) else None
+
+
+def is_step_of_test(task: Any) -> bool:
+    """Whether a task runs a test function or an async fixture."""
+    coroutine = task.get_coro()
+    return coroutine.__name__.startswith("test_") or "pytest_asyncio" in coroutine.cr_code.co_filename

@@ -1,0 +1,192 @@
+"""Linear layers and row kernels against float64 and their reference twins."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hmad_kernels import cpu_rows
+from torch import Tensor
+
+from hmad.compute.linears import Int8Linear, make_linear, round_bfp8, round_e4m3, stacked
+from hmad.facts.errors import ModelError
+
+BF16_ULP = 2.0**-8
+DTYPES = (torch.bfloat16, torch.float32)
+VECTORS = Path(__file__).parent / "vectors"
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+# --- linears: an independent float64 computation of the same quantized numerics ---------------------------------------
+
+
+def exact_plain(x: Tensor) -> np.ndarray:
+    return x.double().numpy()
+
+
+def exact_int8(x: Tensor) -> np.ndarray:
+    rows = x.double().numpy()
+    scale = np.abs(rows).max(axis=1, keepdims=True) / 127
+    return np.round(rows / scale) * scale
+
+
+def exact_fp8(x: Tensor) -> np.ndarray:
+    """e4m3 by its definition: 3 mantissa bits, subnormals below 2^-6."""
+    rows = x.double().numpy()
+    scale = np.abs(rows).max(axis=1, keepdims=True) / 448
+    exponent = np.maximum(np.floor(np.log2(np.maximum(np.abs(rows / scale), 2.0**-30))), -6)
+    step = 2.0 ** (exponent - 3)
+    return np.round(rows / scale / step) * step * scale
+
+
+def exact_bfp8(x: Tensor) -> np.ndarray:
+    groups = x.double().numpy().reshape(len(x), -1, 16)
+    step = 2.0 ** (np.floor(np.log2(np.abs(groups).max(axis=-1, keepdims=True))) - 6)
+    magnitude = np.minimum(np.round(np.abs(groups) / step), 127)
+    return (np.sign(groups) * magnitude * step).reshape(x.shape)
+
+
+EXACT = {"fp32": exact_plain, "bf16": exact_plain, "int8": exact_int8, "fp8": exact_fp8, "bfp8": exact_bfp8}
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 65])
+@pytest.mark.parametrize("precision", EXACT)
+def test_linear_equals_float64_of_the_same_numerics(precision: str, num_rows: int) -> None:
+    x = randn(num_rows, 96, dtype=torch.float32 if precision == "fp32" else torch.bfloat16)
+    parts = [randn(48, 96, seed=1), randn(16, 96, seed=2)]
+    exact = EXACT[precision](x) @ np.concatenate([EXACT[precision](part) for part in parts]).T
+    y = make_linear(precision, *parts)(x)
+    # Against the size of a sum's terms: what cancels leaves its rounding behind.
+    error = np.abs(y.double().numpy() - exact).max() / np.abs(exact).max()
+    assert y.shape == (num_rows, 64)
+    assert error < (1e-6 if precision == "fp32" else BF16_ULP)
+
+
+def test_int8_takes_rows_already_quantized() -> None:
+    linear, x = make_linear("int8", randn(32, 64, seed=1)), randn(5, 64)
+    assert torch.equal(linear(cpu_rows.quantize_int8(x)), linear(x))
+
+
+def test_int8_sums_are_exact() -> None:
+    x = torch.full((3, 4096), 127.0)
+    weight = torch.where(torch.arange(4096) % 2 == 0, 127.0, -126.0).repeat(16, 1)
+    y = Int8Linear([weight])(x.bfloat16())
+    assert y.unique().tolist() == [127.0 * 2048]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8", "fp8", "bfp8"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+def test_weights_of_every_stored_dtype_load(precision: str, dtype: torch.dtype) -> None:
+    weight, x = randn(32, 64, seed=1), randn(4, 64)
+    expected = make_linear(precision, weight)(x)
+    torch.testing.assert_close(make_linear(precision, weight.to(dtype))(x), expected, atol=0.05, rtol=0)
+
+
+def test_a_single_part_of_the_right_dtype_is_not_copied() -> None:
+    weight = randn(4, 8)
+    assert stacked([weight], torch.bfloat16).data_ptr() == weight.data_ptr()
+
+
+def test_bfp8_needs_whole_groups() -> None:
+    with pytest.raises(ModelError, match="multiple of 16"):
+        make_linear("bfp8", randn(4, 24))
+
+
+def test_bfp8_rounds_to_even_and_saturates() -> None:
+    unit = 2.0**-6
+    x = torch.zeros(1, 16)
+    x[0, :6] = torch.tensor([1.0, 2.5 * unit, 3.5 * unit, -2.5 * unit, 2.6 * unit, 127.9 * unit])
+    assert (round_bfp8(x)[0, :6] / unit).tolist() == [64, 2, 4, -2, 3, 127]
+
+
+def test_zero_rows_stay_zero_and_nan_rows_nan() -> None:
+    x = torch.zeros(2, 32)
+    x[1, 3] = torch.nan
+    e4m3, scales = round_e4m3(x)
+    rows = cpu_rows.quantize_int8(x)
+    for y in (round_bfp8(x), e4m3 * scales, rows.values * rows.scales[:, None]):
+        assert y[0].tolist() == [0.0] * 32
+        assert y[1].isnan().any()
+
+
+# --- row kernels against their twins ----------------------------------------------------------------------------------
+
+
+def assert_close_rows(actual: Tensor, expected: Tensor) -> None:
+    """Equal up to the order of a sum: one rounding step of the row's type."""
+    rtol = BF16_ULP if actual.dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_rows", "n"), [(1, 8), (3, 100), (130, 1024)])
+def test_add_rms_norm(dtype: torch.dtype, num_rows: int, n: int) -> None:
+    x, delta = randn(num_rows, n, dtype=dtype), randn(num_rows, n, dtype=dtype, seed=1)
+    weight, expected_x = randn(n, dtype=dtype, seed=2), x.clone()
+    expected = cpu_rows.add_rms_norm_reference(expected_x, delta, weight, 1e-6)
+    assert_close_rows(cpu_rows.add_rms_norm(x, delta, weight, 1e-6), expected)
+    assert torch.equal(x, expected_x)
+    assert_close_rows(cpu_rows.add_rms_norm(x, None, weight, 1e-6), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_rows", "n"), [(1, 8), (3, 100), (130, 1024)])
+def test_silu_mul(dtype: torch.dtype, num_rows: int, n: int) -> None:
+    gate_up = randn(num_rows, 2 * n, dtype=dtype) * 20
+    assert_close_rows(cpu_rows.silu_mul(gate_up), cpu_rows.silu_mul_reference(gate_up))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantize_int8(dtype: torch.dtype) -> None:
+    x = randn(130, 1000, dtype=dtype) * torch.logspace(-20, 20, 130)[:, None].to(dtype)
+    actual, expected = cpu_rows.quantize_int8(x), cpu_rows.quantize_int8_reference(x)
+    assert torch.equal(actual.values, expected.values)
+    assert torch.equal(actual.scales, expected.scales)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fused_quantization_equals_quantization_after(dtype: torch.dtype) -> None:
+    x, weight, gate_up = randn(5, 64, dtype=dtype), randn(64, dtype=dtype), randn(5, 128, dtype=dtype)
+    for fused, plain in (
+        (cpu_rows.add_rms_norm_int8(x, None, weight, 1e-6), cpu_rows.add_rms_norm(x, None, weight, 1e-6)),
+        (cpu_rows.silu_mul_int8(gate_up), cpu_rows.silu_mul(gate_up)),
+    ):
+        expected = cpu_rows.quantize_int8(plain)
+        assert torch.equal(fused.values, expected.values)
+        assert torch.equal(fused.scales, expected.scales)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scale_rows(dtype: torch.dtype) -> None:
+    x, scales = randn(130, 1000, dtype=dtype), randn(130, dtype=torch.float32)
+    expected = x.clone()
+    cpu_rows.scale_rows_reference(expected, scales)
+    cpu_rows.scale_rows(x, scales)
+    assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(1, 1, 8), (5, 1, 128), (8, 2, 64)])
+def test_qk_norm_rope(dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    qkv = randn(70, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype)
+    weights = randn(head_dim, dtype=dtype, seed=1), randn(head_dim, dtype=dtype, seed=2)
+    cos_sin, expected = randn(70, head_dim, dtype=dtype, seed=3), qkv.clone()
+    cpu_rows.qk_norm_rope(qkv, *weights, cos_sin, num_heads, num_kv_heads, 1e-6)
+    cpu_rows.qk_norm_rope_reference(expected, *weights, cos_sin, num_heads, num_kv_heads, 1e-6)
+    # A rotated value is a difference of two rounded products.
+    torch.testing.assert_close(qkv, expected, rtol=0, atol=0.07 if dtype == torch.bfloat16 else 1e-5)
+    assert torch.equal(qkv[:, -num_kv_heads * head_dim :], expected[:, -num_kv_heads * head_dim :])
+
+
+def test_launchers_refuse_what_a_kernel_would_misread() -> None:
+    x, weight = randn(4, 8), randn(8)
+    for bad in (x.T, x[:, ::2], x.float()):
+        with pytest.raises(ValueError, match="contiguous"):
+            cpu_rows.add_rms_norm(bad, None, weight, 1e-6)
+    with pytest.raises(ValueError, match="contiguous"):
+        cpu_rows.add_rms_norm(x, x[:2], weight, 1e-6)
+    with pytest.raises(ValueError, match="contiguous"):
+        cpu_rows.qk_norm_rope(x, weight, weight, x, 1, 1, 1e-6)
