@@ -3,23 +3,31 @@
 Rows are bfloat16 or float32. Sums and products are float32, rounded to the row's type wherever the unfused model
 would round, so a fused row equals the unfused one up to the order of a sum. Launchers check shapes and
 types and then hand plain addresses to the kernel: a numpy view of each tensor would cost more than a small kernel.
+Many rows are shared out to torch's thread team.
 """
 
+import ctypes
+import functools
+import struct
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import njit, types
+from numba import cfunc, njit, types
 from numba.extending import intrinsic, overload
 
+from hmad_kernels import cpu_team
 from hmad_kernels.cpu_common import COMPILE, REASSOCIATE, bf16_to_f32, f32_to_bf16
+from hmad_kernels.cpu_team import share_of
 
 INT8_MAX = 127.0
 TINY_ROW = 2.0**-100  # rows below it quantize to zeros: 127 / max|x| must stay finite
 LOG2_E = np.float32(1.4426950408889634)
 LN_2 = np.float32(0.6931471805599453)
-# What the kernel takes a row's type from: bfloat16 travels as its bits.
-_TAG = {torch.bfloat16: np.uint16(0), torch.float32: np.float32(0)}
+PARALLEL_VALUES = 1 << 15  # from here on more threads gain more than their start costs
+DTYPES = (torch.bfloat16, torch.float32)
+ADD_RMS_NORM, SILU_MUL, QUANTIZE, SCALE_ROWS, QK_NORM_ROPE = range(5)
 
 
 class Int8Rows(NamedTuple):
@@ -160,13 +168,14 @@ def emit_row(row, n, r, out_address, scales_address, tag):
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
+# Each takes the addresses its launcher passes, a range of rows, and a ``tag`` of the rows' element type.
 
 
 @njit(**COMPILE)
-def _add_rms_norm(x_address, delta_address, weight_address, out_address, scales_address, num_rows, n, eps, tag):
+def _add_rms_norm(x_address, delta_address, weight_address, out_address, scales_address, begin, end, n, eps, tag):
     x, delta, weight = pointer(x_address, tag), pointer(delta_address, tag), pointer(weight_address, tag)
     row = np.empty(n, np.float32)
-    for r in range(num_rows):
+    for r in range(begin, end):
         if delta_address:
             add_row(x, delta, r * n, n)
         norm_row(x, r * n, weight, n, eps, row)
@@ -174,28 +183,28 @@ def _add_rms_norm(x_address, delta_address, weight_address, out_address, scales_
 
 
 @njit(**COMPILE)
-def _silu_mul(gate_up_address, out_address, scales_address, num_rows, n, tag):
+def _silu_mul(gate_up_address, out_address, scales_address, begin, end, n, tag):
     gate_up = pointer(gate_up_address, tag)
     row = np.empty(n, np.float32)
-    for r in range(num_rows):
+    for r in range(begin, end):
         silu_mul_row(gate_up, r * 2 * n, n, row)
         emit_row(row, n, r, out_address, scales_address, tag)
 
 
 @njit(**COMPILE)
-def _quantize(x_address, out_address, scales_address, num_rows, n, tag):
+def _quantize(x_address, out_address, scales_address, begin, end, n, tag):
     x = pointer(x_address, tag)
     row = np.empty(n, np.float32)
-    for r in range(num_rows):
+    for r in range(begin, end):
         for c in range(n):
             row[c] = load(x, r * n + c)
         emit_row(row, n, r, out_address, scales_address, tag)
 
 
 @njit(**COMPILE)
-def _scale_rows(x_address, scales_address, num_rows, n, tag):
+def _scale_rows(x_address, scales_address, begin, end, n, tag):
     x, scales = pointer(x_address, tag), pointer(scales_address, np.float32(0))
-    for r in range(num_rows):
+    for r in range(begin, end):
         scale = scales[r]
         for c in range(n):
             store(x, r * n + c, load(x, r * n + c) * scale)
@@ -213,15 +222,46 @@ def rope_row(row, half, cos_sin, angle_base, x, base):
 
 @njit(**COMPILE)
 def _qk_norm_rope(qkv_address, q_weight_address, k_weight_address, cos_sin_address,
-                  num_rows, num_heads, num_kv_heads, head_dim, eps, tag):  # fmt: skip
+                  num_heads, num_kv_heads, begin, end, head_dim, eps, tag):  # fmt: skip
     qkv, cos_sin = pointer(qkv_address, tag), pointer(cos_sin_address, tag)
     q_weight, k_weight = pointer(q_weight_address, tag), pointer(k_weight_address, tag)
     row = np.empty(head_dim, np.float32)
-    for r in range(num_rows):
+    for r in range(begin, end):
         for h in range(num_heads + num_kv_heads):
             base = (r * (num_heads + 2 * num_kv_heads) + h) * head_dim
             norm_row(qkv, base, q_weight if h < num_heads else k_weight, head_dim, eps, row)
             rope_row(row, head_dim // 2, cos_sin, r * head_dim, qkv, base)
+
+
+@njit(**COMPILE)
+def _run_share(job, tag):
+    """This thread's rows of a job. Words: kernel, type, rows, n, eps as bits, then what the kernel alone knows."""
+    kernel, n, eps = job[0], job[3], np.int64(job[4]).view(np.float64)
+    begin, end = share_of(job[2])
+    if kernel == ADD_RMS_NORM:
+        _add_rms_norm(job[5], job[6], job[7], job[8], job[9], begin, end, n, eps, tag)
+    elif kernel == SILU_MUL:
+        _silu_mul(job[5], job[6], job[7], begin, end, n, tag)
+    elif kernel == QUANTIZE:
+        _quantize(job[5], job[6], job[7], begin, end, n, tag)
+    elif kernel == SCALE_ROWS:
+        _scale_rows(job[5], job[6], begin, end, n, tag)
+    elif kernel == QK_NORM_ROPE:
+        _qk_norm_rope(job[5], job[6], job[7], job[8], job[9], job[10], begin, end, n, eps, tag)
+
+
+@functools.cache
+def _body() -> Callable[[ctypes.Array[ctypes.c_int64]], None]:
+    """All kernels for both row types behind one entry, compiled (or read from the cache) at the first call."""
+
+    @cfunc(cpu_team.JOB, cache=True)
+    def body(job):
+        if job[1]:  # bfloat16 travels as its bits
+            _run_share(job, np.uint16(0))
+        else:
+            _run_share(job, np.float32(0))
+
+    return body.ctypes
 
 
 # --- checked launchers ------------------------------------------------------------------------------------------------
@@ -232,6 +272,20 @@ def _check(like: torch.Tensor, *tensors: tuple[torch.Tensor, tuple[int, ...]]) -
     for tensor, shape in tensors:
         if tensor.dtype != like.dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous():
             raise ValueError(f"need a contiguous {like.dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
+    if like.dtype not in DTYPES:
+        raise ValueError(f"rows must be bfloat16 or float32, not {like.dtype}")
+
+
+@functools.cache
+def _bits(eps: float) -> int:
+    (bits,) = struct.unpack("<q", struct.pack("<d", eps))
+    return int(bits)
+
+
+def _run(kernel: int, like: torch.Tensor, num_rows: int, n: int, eps: float, *words: int) -> None:
+    """Launch on rows of the type of ``like``; ``words`` are the kernel's addresses and counts, 0 for none."""
+    job = (kernel, like.dtype == torch.bfloat16, num_rows, n, _bits(eps), *words)
+    cpu_team.run(_body(), job, parallel=like.numel() >= PARALLEL_VALUES)
 
 
 def _room_for_int8(num_rows: int, n: int) -> Int8Rows:
@@ -246,9 +300,8 @@ def _launch_add_rms_norm(
     if delta is not None:
         _check(x, (delta, (num_rows, n)))
     delta_address = 0 if delta is None else delta.data_ptr()
-    _add_rms_norm(
-        x.data_ptr(), delta_address, weight.data_ptr(), out.data_ptr(), scales, num_rows, n, eps, _TAG[x.dtype]
-    )
+    addresses = x.data_ptr(), delta_address, weight.data_ptr(), out.data_ptr(), scales
+    _run(ADD_RMS_NORM, x, num_rows, n, eps, *addresses)
 
 
 def add_rms_norm(x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -265,21 +318,23 @@ def add_rms_norm_int8(x: torch.Tensor, delta: torch.Tensor | None, weight: torch
     return out
 
 
+def _launch_silu_mul(gate_up: torch.Tensor, out: torch.Tensor, scales: int) -> None:
+    num_rows, n = out.shape
+    _check(gate_up, (gate_up, (num_rows, 2 * n)))
+    _run(SILU_MUL, gate_up, num_rows, n, 0.0, gate_up.data_ptr(), out.data_ptr(), scales)
+
+
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up -> [T, N] of gate_up [T, 2 N]."""
-    num_rows, n = gate_up.shape[0], gate_up.shape[1] // 2
-    _check(gate_up, (gate_up, (num_rows, 2 * n)))
-    out = torch.empty((num_rows, n), dtype=gate_up.dtype)
-    _silu_mul(gate_up.data_ptr(), out.data_ptr(), 0, num_rows, n, _TAG[gate_up.dtype])
+    out = torch.empty((gate_up.shape[0], gate_up.shape[1] // 2), dtype=gate_up.dtype)
+    _launch_silu_mul(gate_up, out, 0)
     return out
 
 
 def silu_mul_int8(gate_up: torch.Tensor) -> Int8Rows:
     """``silu_mul`` whose result is quantized row by row."""
-    num_rows, n = gate_up.shape[0], gate_up.shape[1] // 2
-    _check(gate_up, (gate_up, (num_rows, 2 * n)))
-    out = _room_for_int8(num_rows, n)
-    _silu_mul(gate_up.data_ptr(), out.values.data_ptr(), out.scales.data_ptr(), num_rows, n, _TAG[gate_up.dtype])
+    out = _room_for_int8(gate_up.shape[0], gate_up.shape[1] // 2)
+    _launch_silu_mul(gate_up, out.values, out.scales.data_ptr())
     return out
 
 
@@ -288,7 +343,7 @@ def quantize_int8(x: torch.Tensor) -> Int8Rows:
     num_rows, n = x.shape
     _check(x, (x, (num_rows, n)))
     out = _room_for_int8(num_rows, n)
-    _quantize(x.data_ptr(), out.values.data_ptr(), out.scales.data_ptr(), num_rows, n, _TAG[x.dtype])
+    _run(QUANTIZE, x, num_rows, n, 0.0, x.data_ptr(), out.values.data_ptr(), out.scales.data_ptr())
     return out
 
 
@@ -296,8 +351,10 @@ def scale_rows(x: torch.Tensor, scales: torch.Tensor) -> None:
     """x [T, N] *= scales [T] (float32), in place."""
     num_rows, n = x.shape
     _check(x, (x, (num_rows, n)))
+    if scales.dtype != torch.float32:
+        raise ValueError(f"scales must be float32, not {scales.dtype}")
     _check(scales, (scales, (num_rows,)))
-    _scale_rows(x.data_ptr(), scales.data_ptr(), num_rows, n, _TAG[x.dtype])
+    _run(SCALE_ROWS, x, num_rows, n, 0.0, x.data_ptr(), scales.data_ptr())
 
 
 def qk_norm_rope(
@@ -318,10 +375,8 @@ def qk_norm_rope(
     _check(
         qkv, (qkv, (num_rows, width)), (q_weight, (head_dim,)), (k_weight, (head_dim,)), (cos_sin, (num_rows, head_dim))
     )
-    _qk_norm_rope(
-        qkv.data_ptr(), q_weight.data_ptr(), k_weight.data_ptr(), cos_sin.data_ptr(),
-        num_rows, num_heads, num_kv_heads, head_dim, eps, _TAG[qkv.dtype],
-    )  # fmt: skip
+    addresses = qkv.data_ptr(), q_weight.data_ptr(), k_weight.data_ptr(), cos_sin.data_ptr()
+    _run(QK_NORM_ROPE, qkv, num_rows, head_dim, eps, *addresses, num_heads, num_kv_heads)
 
 
 # --- reference twins --------------------------------------------------------------------------------------------------
@@ -382,10 +437,4 @@ def qk_norm_rope_reference(
 
 def warm_up() -> None:
     """Compile every kernel for every row type, so that the first request does not wait for it."""
-    for dtype in _TAG:
-        x, weight = torch.ones((1, 8), dtype=dtype), torch.ones(8, dtype=dtype)
-        add_rms_norm(x, None, weight, 1e-6)
-        silu_mul(x)
-        quantize_int8(x)
-        scale_rows(x, torch.ones(1))
-        qk_norm_rope(torch.ones((1, 24), dtype=dtype), weight, weight, x, 1, 1, 1e-6)
+    _body()

@@ -209,9 +209,7 @@ def test_event_to_bytes(type_id: int, message: m.AnyMessage, header: dict[str, A
 
 @pytest.mark.parametrize(("type_id", "message", "header", "payload"), EVENTS)
 @pytest.mark.parametrize("step", [1, 7, 10**6])
-def test_bytes_to_event(
-    type_id: int, message: m.AnyMessage, header: dict[str, Any], payload: bytes, step: int
-) -> None:
+def test_bytes_to_event(type_id: int, message: m.AnyMessage, header: dict[str, Any], payload: bytes, step: int) -> None:
     harness = reader_for(message)
     data = frame_bytes(type_id, header, len(payload)) + payload
     received = [r for at in range(0, len(data), step) for r in harness.reader.feed(data[at : at + step])]
@@ -492,7 +490,7 @@ def test_extras_round_trip() -> None:
 
 def test_extras_bytes() -> None:
     packed = pack_extras(SampledToken(7, TokenLogprobs(-0.5, ((258, -1.0),)), b"\x01\x02\x03\x04"))
-    assert packed.hex() == "000000bf" "0100" "02010000" "000080bf" "01020304"
+    assert packed == bytes.fromhex("000000bf 0100 02010000 000080bf 01020304")
 
 
 GOOD_EXTRAS = pack_extras(SampledToken(7, TokenLogprobs(-0.5, ((3, -1.0),)), b"\0" * 16))

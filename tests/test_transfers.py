@@ -525,6 +525,22 @@ def test_cancel_of_all_choices_one_by_one_is_an_abort() -> None:
     assert d.cancel(m.Cancel(ID, 0, "gone", (0,))).abort is not None
 
 
+def test_cancel_of_all_that_was_committed_is_an_abort() -> None:
+    d = decode_side()
+    d.commit(replace(COMMIT, choices=CHOICES[1:]))
+    assert d.cancel(m.Cancel(ID, 0, "gone", (1,))).abort is not None
+
+
+def test_cancel_of_a_choice_that_was_left_out_of_commit() -> None:
+    d = decode_side()
+    d.cancel(m.Cancel(ID, 0, "gone", (0,)))
+    d.commit(replace(COMMIT, choices=CHOICES[1:]))
+    outcome = land(d, *LAYERS)
+    d.committed(ID, 3.0)
+    assert outcome.transfer is not None
+    assert outcome.transfer.cancelled_choices == set()
+
+
 def test_cancel_of_a_choice_that_is_not_there() -> None:
     with refuses("names choice 2"):
         decode_side().cancel(m.Cancel(ID, 0, "gone", (2,)))

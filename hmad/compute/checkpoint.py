@@ -297,7 +297,7 @@ def _span(path: Path, name: str, entry: Any, data_begin: int) -> TensorSpan:
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
         raise ModelError(f"{path}: tensor {name}: damaged header entry; download the file again")
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ModelError(f"{path}: tensor {name}: dtype {dtype!r} is not one of {', '.join(DTYPES)}; convert the checkpoint")
     begin, end = offsets
     if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:

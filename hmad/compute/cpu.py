@@ -161,13 +161,17 @@ class CpuDecode:
         def attend(layer_id: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             slots = self.arena.layer(layer_id)
             append_kv(k, v, slots, tail_slots, tail_offsets, self._tail_format.name)
-            out = torch.empty(q.shape, dtype=q.dtype)
-            plan.run(q.contiguous(), slots, out, self._sm_scale)
-            return out
+            return self.attend(plan, q, slots)
 
         token_ids, positions = torch.from_numpy(batch.newest_tokens), torch.from_numpy(batch.positions)
         logits = self.model.logits(self.model.forward(token_ids, positions, attend))  # float32 [B, vocab]
         return list(sample(logits, [sampler_input(sequence) for sequence in batch.sequences]))
+
+    def attend(self, plan: AttentionPlan, q: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """One layer's attention over every segment: q [B, num_heads, head_dim], slots [num_slots, slot_bytes]."""
+        out = torch.empty(q.shape, dtype=q.dtype)
+        plan.run(q.contiguous(), slots, out, self._sm_scale)
+        return out
 
     def _plan(self, batch: DecodeBatch) -> AttentionPlan:
         geometry = self.arena.geometry

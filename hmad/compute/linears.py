@@ -20,6 +20,7 @@ E4M3_MAX = 448.0
 BFP8_GROUP = 16  # values that share an exponent
 BFP8_DROPPED_BITS = 24 - 7  # float32 significand (with its hidden one) to 7-bit magnitude
 SMALLEST_NORMAL = 2.0**-126
+CONVERTED_ROWS = 256  # rows of a weight that are converted at a time
 
 Activation = Tensor | Int8Rows
 
@@ -33,12 +34,19 @@ class Linear(Protocol):
         """x [T, K] -> [T, N]."""
 
 
-def stacked(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Parts [N_i, K] as one [sum N_i, K]; the part itself, uncopied, where it is the only one and has the dtype."""
-    if len(parts) == 1:
-        return parts[0].to(dtype)
+def stacked(
+    parts: Sequence[Tensor], dtype: torch.dtype, convert: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """Parts [N_i, K] as one [sum N_i, K]; uncopied where there is one part of this dtype and nothing to convert.
+
+    Runs of rows are converted one by one: at no time does a second copy of a weight exist in memory.
+    """
+    if len(parts) == 1 and convert is None and parts[0].dtype == dtype:
+        return parts[0]
     whole = torch.empty((sum(len(part) for part in parts), parts[0].shape[1]), dtype=dtype)
-    torch.cat([part if part.dtype == dtype else part.to(dtype) for part in parts], out=whole)
+    runs = [run for part in parts for run in part.split(CONVERTED_ROWS)]
+    for target, run in zip(whole.split([len(run) for run in runs]), runs, strict=True):
+        target.copy_(convert(run) if convert else run)
     return whole
 
 
@@ -99,14 +107,14 @@ def int8_product(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, out_d
 
 
 def quantize_weight_int8(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Parts [N_i, K] -> int8 [N, K] and float32 scales [N], part by part so that no float copy of the whole exists."""
+    """Parts [N_i, K] -> int8 [N, K] and float32 scales [N], a run of rows at a time."""
     num_channels, k = sum(len(part) for part in parts), parts[0].shape[1]
     values, scales = torch.empty((num_channels, k), dtype=torch.int8), torch.empty(num_channels)
     begin = 0
-    for part in parts:
-        rows = quantize_int8(part.float() if part.dtype == torch.float16 else part)
-        values[begin : begin + len(part)], scales[begin : begin + len(part)] = rows
-        begin += len(part)
+    for run in (run for part in parts for run in part.split(CONVERTED_ROWS)):
+        rows = quantize_int8(run.float() if run.dtype == torch.float16 else run)
+        values[begin : begin + len(run)], scales[begin : begin + len(run)] = rows
+        begin += len(run)
     return values, scales
 
 
@@ -127,9 +135,9 @@ class Float8Linear:
     """e4m3 weights and activations, one scale per row of each. Emulated: the values are held as bfloat16."""
 
     def __init__(self, parts: Sequence[Tensor]) -> None:
-        weight, scales = round_e4m3(stacked(parts, torch.float32))
-        self.weight_bytes = weight.nbytes + scales.nbytes
-        self._scales = scales.T  # [1, N]
+        weight = stacked(parts, torch.bfloat16, lambda run: round_e4m3(run)[0])
+        self._scales = torch.cat([e4m3_scales(run) for part in parts for run in part.split(CONVERTED_ROWS)]).T  # [1, N]
+        self.weight_bytes = weight.nbytes + self._scales.nbytes
         self._product = blocked_product(weight)
 
     def __call__(self, x: Tensor, /) -> Tensor:
@@ -139,19 +147,21 @@ class Float8Linear:
 
 def round_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [R, K] -> its e4m3 values as bfloat16 [R, K], and float32 scales [R, 1] = max|x| / 448."""
-    wide = x.float()
-    scales = wide.abs().amax(-1, keepdim=True) / E4M3_MAX
-    tiny = scales < SMALLEST_NORMAL
-    scales = torch.where(tiny, 1.0, scales)
-    values = torch.where(tiny, 0.0, wide / scales).to(torch.float8_e4m3fn)
-    return values.bfloat16(), scales
+    scales = e4m3_scales(x)
+    return (x.float() / scales).to(torch.float8_e4m3fn).bfloat16(), scales
+
+
+def e4m3_scales(x: Tensor) -> Tensor:
+    """[R, 1] float32 of x [R, K]. Rows too small for a normal scale get 1, which rounds them to zeros."""
+    scales = x.abs().amax(-1, keepdim=True).float() / E4M3_MAX
+    return torch.where(scales < SMALLEST_NORMAL, 1.0, scales)
 
 
 class Bfp8Linear:
     """Both operands block float: 7-bit magnitudes, groups of 16 along K share an exponent. Emulated in bfloat16."""
 
     def __init__(self, parts: Sequence[Tensor]) -> None:
-        weight = torch.cat([round_bfp8(part) for part in parts])
+        weight = stacked(parts, torch.bfloat16, round_bfp8)
         self.weight_bytes = weight.nbytes
         self._product = blocked_product(weight)
 

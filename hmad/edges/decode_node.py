@@ -10,8 +10,9 @@ from hmad.compute.model import load_model
 from hmad.edges.api import RoleServices
 from hmad.edges.metrics import Metrics
 from hmad.edges.node import SHUTDOWN_S, NodeModel, common_status
-from hmad.facts.config import Config, load_api_keys
+from hmad.facts.config import Config
 from hmad.facts.formats import FORMATS
+from hmad.facts.keys import load_api_keys
 from hmad.roles.decode import DecodeRole
 from hmad.roles.engines import STALLED_AFTER_S, DecodeEngine
 from hmad.transport.decode_listener import DecodeListener, ListenerSettings

@@ -18,9 +18,10 @@ from hmad import __version__
 from hmad.compute.checkpoint import ModelConfig, fingerprint, read_config
 from hmad.compute.cpu import EMULATED_PRECISIONS
 from hmad.edges.api import RoleServices, build_app
-from hmad.facts.config import Config, load_cluster_key
+from hmad.facts.config import Config
 from hmad.facts.errors import ConfigError
 from hmad.facts.formats import FORMATS, KVGeometry, preferred_formats
+from hmad.facts.keys import load_cluster_key
 from hmad.wire.frames import DIGEST_NONE
 from hmad.wire.handshake import NodeIdentity
 from hmad.wire.messages import Limits

@@ -14,8 +14,9 @@ from hmad.edges.api import RoleServices
 from hmad.edges.completions import ServedModel
 from hmad.edges.metrics import Metrics
 from hmad.edges.node import SHUTDOWN_S, NodeModel, common_status
-from hmad.facts.config import Config, load_api_keys
+from hmad.facts.config import Config
 from hmad.facts.formats import FORMATS
+from hmad.facts.keys import load_api_keys
 from hmad.facts.timeline import Timeline
 from hmad.roles.engines import STALLED_AFTER_S, PrefillEngine, PrefillListener
 from hmad.roles.prefill import PrefillRole, PrefillSettings

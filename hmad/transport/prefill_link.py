@@ -299,12 +299,13 @@ class PrefillSession:
         self.link.load_changed()
 
     def _tokens_received(self, tokens: Tokens, payload: memoryview | None) -> None:
-        self.transfers.tokens(tokens)
+        leases = [self._lease_of(entry.transfer_id) for entry in tokens.entries]
+        self.transfers.tokens(tokens)  # may end a transfer whose other choices are still to be told
         start = 0
-        for entry in tokens.entries:
+        for lease, entry in zip(leases, tokens.entries, strict=True):
             extras = bytes(payload[start : start + entry.payload_bytes]) if payload else b""
             start += entry.payload_bytes
-            self._lease_of(entry.transfer_id).token_received(entry, extras)
+            lease.token_received(entry, extras)
 
     def _lease_of(self, transfer_id: bytes) -> Lease:
         lease = self._leases.get(transfer_id)

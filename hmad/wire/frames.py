@@ -161,12 +161,13 @@ class FrameReader:
         return frame_type
 
     def _check_sizes(self, header_len: int, payload_len: int) -> None:
-        name = self._frame_type.name
         most = bounds.MAX_HEADER_BYTES if self.authenticated else bounds.MAX_HEADER_BYTES_BEFORE_AUTH
         if not 0 < header_len <= most:
+            name = self._frame_type.name
             raise RemoteProtocolError(f"{name} has a header of {header_len} bytes, must be 1 to {most}")
         most = self._max_payload_bytes.get(self._frame_type, 0)
         if payload_len > most:
+            name = self._frame_type.name
             raise RemoteProtocolError(f"{name} has a payload of {payload_len} bytes, at most {most} are allowed")
 
     def _header_done(self) -> Received | None:
@@ -179,10 +180,8 @@ class FrameReader:
         return self._next_view()
 
     def _check_checksum(self) -> None:
-        hasher = xxhash.xxh32(memoryview(self._prefix)[: _FIXED.size])
-        hasher.update(self._header)
         (expected,) = _CHECKSUM.unpack_from(self._prefix, _FIXED.size)
-        if hasher.intdigest() != expected:
+        if xxhash.xxh32_intdigest(self._prefix[: _FIXED.size] + self._header) != expected:
             raise RemoteProtocolError(f"{self._frame_type.name}: the checksum of prefix and header is wrong")
 
     def _destinations(self) -> list[memoryview]:

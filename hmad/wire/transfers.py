@@ -372,7 +372,6 @@ class DecodeTransfers:
     def deny(self, transfer_id: bytes, reason: DenyReason, message: str, retry_after_s: float) -> Deny:
         transfer = self._current(transfer_id)
         transfer.send(FrameType.DENY)
-        self._settle(transfer)
         return Deny(transfer_id, transfer.epoch, reason, message, retry_after_s)
 
     # Landing

@@ -1,0 +1,70 @@
+"""Runs compiled code on the thread team that torch's own operators use.
+
+A second team beside torch's would fight it for the cores: idle OpenMP threads spin for milliseconds before they sleep,
+each team believing itself alone. So a job goes to the OpenMP runtime that torch has loaded; between two matrix
+products its threads are still awake, and a launch costs two or three microseconds. The calling thread must be the one that also
+calls torch's operators, for a team belongs to the thread that started it.
+"""
+
+import ctypes
+import os
+from collections.abc import Sequence
+
+import torch
+from llvmlite import binding
+from numba import cfunc, njit, types
+
+from hmad_kernels.cpu_common import COMPILE
+
+JOB = types.void(types.CPointer(types.int64))  # signature of a body: it gets the job's words
+
+
+def _torch_openmp() -> ctypes.CDLL | None:
+    """The runtime torch has loaded, or None where torch was built with another."""
+    try:
+        runtime = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+    except OSError:
+        return None
+    runtime.GOMP_parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    runtime.GOMP_parallel.restype = None
+    return runtime
+
+
+@cfunc("int32()", cache=True)
+def _index_alone():
+    return 0
+
+
+@cfunc("int32()", cache=True)
+def _size_alone():
+    return 1
+
+
+_OPENMP = _torch_openmp()
+
+
+def _bind(symbol: str, openmp_name: str, alone: int) -> types.ExternalFunction:
+    """A function that compiled code calls by symbol, so that its cache holds no address."""
+    address = alone if _OPENMP is None else ctypes.cast(getattr(_OPENMP, openmp_name), ctypes.c_void_p).value
+    binding.add_symbol(symbol, address)
+    return types.ExternalFunction(symbol, types.int32())
+
+
+team_index = _bind("hmad_team_index", "omp_get_thread_num", _index_alone.address)
+team_size = _bind("hmad_team_size", "omp_get_num_threads", _size_alone.address)
+
+
+@njit(inline="always", **COMPILE)
+def share_of(count):
+    """This thread's [begin, end) of ``count`` items. Outside a team that is all of them."""
+    index, size = team_index(), team_size()
+    return count * index // size, count * (index + 1) // size
+
+
+def run(body: ctypes._CFuncPtr, words: Sequence[int], parallel: bool) -> None:
+    """Call a compiled body of signature ``JOB``, without the GIL, here or on every thread of the team at once."""
+    job = (ctypes.c_int64 * len(words))(*words)
+    if parallel and _OPENMP is not None:
+        _OPENMP.GOMP_parallel(ctypes.cast(body, ctypes.c_void_p), ctypes.addressof(job), torch.get_num_threads(), 0)
+    else:
+        body(job)

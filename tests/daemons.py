@@ -1,0 +1,216 @@
+"""Real daemons as child processes on loopback, for tests that go in by REST and come out by REST."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+ANSWER_S = 60.0  # machines under load, kernels that were never compiled here
+STOP_S = 20.0
+POLL_S = 0.05
+PORTS = range(12_000, 32_000)  # below those that the kernel gives to outgoing connections
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back over HTTP."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def choices(self) -> list[dict[str, Any]]:
+        """The choices of a request that must have gone well."""
+        assert self.status == 200, self.body
+        return list(self.json["choices"])
+
+
+class Daemon:
+    """One hmad process. ``flags`` are its options: ``max_queue=1`` is ``--max-queue 1``."""
+
+    def __init__(self, role: str, model: Path, **flags: object) -> None:
+        self.role = role
+        self.port = int(str(flags.setdefault("port", free_port())))
+        self._flags: dict[str, object] = {"role": role, "model": model, "threads": 1, **flags}
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by stop
+        self._process: subprocess.Popen[bytes]
+
+    # --- life ---
+
+    def start(self) -> None:
+        options = [
+            word for name, value in self._flags.items() for word in (f"--{name.replace('_', '-')}", str(value))
+        ]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "hmad", *options], cwd=ROOT, env=clean_environment(), stdout=self._log, stderr=self._log
+        )
+
+    def wait_until(self, path: str, status: int = 200) -> Answer:
+        """Ask until the answer has this status."""
+
+        def answer() -> Answer | None:
+            assert self._process.poll() is None, f"the {self.role} daemon has ended:\n{self.log}"
+            try:
+                given = self.get(path)
+            except ConnectionError:
+                return None
+            return given if given.status == status else None
+
+        return wait_for(answer, lambda: self.log)
+
+    def end(self) -> int:
+        """Wait for a process that ends by itself; its exit code."""
+        return self._process.wait(ANSWER_S)
+
+    def stop(self) -> None:
+        """Stop as an operator does: SIGTERM, exit code 0, nothing unforeseen in the log."""
+        self._process.send_signal(signal.SIGTERM)
+        code = self._process.wait(STOP_S)
+        assert code == 0, f"exit code {code}:\n{self.log}"
+        assert "Traceback" not in self.log, self.log
+
+    def kill(self) -> None:
+        """Whatever happened, leave no process behind."""
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+    @property
+    def log(self) -> str:
+        self._log.seek(0)
+        return self._log.read().decode(errors="replace")
+
+    # --- REST ---
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def get(self, path: str) -> Answer:
+        return self._ask("GET", path, None)
+
+    def post(self, path: str, **body: object) -> Answer:
+        return self._ask("POST", path, json.dumps(body).encode())
+
+    def complete(self, prompt: object, **fields: object) -> Answer:
+        """/v1/completions to the asked length, with token ids."""
+        fields = {"temperature": 0, "ignore_eos": True, "return_token_ids": True} | fields
+        return self.post("/v1/completions", prompt=prompt, **fields)
+
+    @contextmanager
+    def stream(self, **body: object) -> Iterator[Iterator[bytes]]:
+        """The lines of a streamed completion; leaving early is a client that hangs up."""
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=ANSWER_S)
+        try:
+            headers = {"Content-Type": "application/json"}
+            connection.request("POST", "/v1/completions", json.dumps(body | {"stream": True}), headers)
+            with connection.getresponse() as response:
+                yield iter(response.readline, b"")
+        finally:
+            connection.close()
+
+    def _ask(self, method: str, path: str, body: bytes | None) -> Answer:
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=ANSWER_S)
+        try:
+            connection.request(method, path, body, {"Content-Type": "application/json"} if body else {})
+            with connection.getresponse() as response:
+                return Answer(response.status, dict(response.getheaders()), response.read())
+        finally:
+            connection.close()
+
+    @property
+    def status(self) -> Any:
+        return self.get("/status").json
+
+    @property
+    def used_slots(self) -> int:
+        return int(self.status["arena"]["used_slots"])
+
+    def wait_until_empty(self) -> None:
+        """Every slot of a decode node comes back, soon after the last answer."""
+        wait_for(lambda: self.used_slots == 0, lambda: f"{self.status['arena']}\n{self.log}")
+
+    def metric(self, sample: str) -> float:
+        """The value of a sample, labels summed: ``hmad_output_tokens_total``."""
+        lines = self.get("/metrics").body.decode().splitlines()
+        values = [float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{sample} ", f"{sample}{{"))]
+        assert values, f"{sample} is not among the metrics"
+        return sum(values)
+
+
+class DecodeDaemon(Daemon):
+    """A decode node; ``stream_port`` is where prefill nodes dial."""
+
+    def __init__(self, model: Path, **flags: object) -> None:
+        self.stream_port = int(str(flags.setdefault("stream_port", free_port())))
+        super().__init__("decode", model, **{"arena_bytes": "16M", **flags})
+
+    @property
+    def peer(self) -> str:
+        return f"127.0.0.1:{self.stream_port}"
+
+
+class PrefillDaemon(Daemon):
+    """A prefill node of some decode nodes."""
+
+    def __init__(self, model: Path, peers: Sequence[DecodeDaemon], **flags: object) -> None:
+        super().__init__("prefill", model, peer=",".join(peer.peer for peer in peers), **flags)
+
+
+@contextmanager
+def running(*daemons: Daemon, healthy: bool = True) -> Iterator[None]:
+    """Start all at once and wait until they are healthy, or at least alive; at the end stop them, the last first."""
+    try:
+        for daemon in daemons:
+            daemon.start()
+        for daemon in daemons:
+            daemon.wait_until("/health" if healthy else "/livez")
+        yield
+        for daemon in reversed(daemons):
+            daemon.stop()
+    finally:
+        for daemon in daemons:
+            daemon.kill()
+
+
+def wait_for(look: Callable[[], Any], describe: Callable[[], str] = str) -> Any:
+    """Look until there is something to see; fail with a description when it never comes."""
+    deadline_s = time.monotonic() + ANSWER_S
+    while not (seen := look()):
+        assert time.monotonic() < deadline_s, f"waited {ANSWER_S:.0f} s in vain:\n{describe()}"
+        time.sleep(POLL_S)
+    return seen
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    while True:
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", random.choice(PORTS)))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+
+
+def clean_environment() -> dict[str, str]:
+    """Ours without the variables that configure a daemon."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("HMAD_")}
