@@ -61,7 +61,7 @@ def scratch_shape(num_threads: int, num_heads: int, num_kv_heads: int, head_dim:
     return num_threads, panel + token + group * (MAX_TOKENS_PER_BLOCK + head_dim + 2 * (head_dim + 2))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttentionPlan:
     """The metadata of one decode step, checked once and used by every layer.
 

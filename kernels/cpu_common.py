@@ -11,7 +11,8 @@ from numba.extending import overload, register_jitable
 # Compiled once per machine into __pycache__ (scripts/setup warms it up); nogil so that the event loop's thread runs on.
 COMPILE = {"cache": True, "nogil": True, "boundscheck": False, "error_model": "numpy"}
 # For what only kernels call: inlined into them and cached with them. Without reference counts, whose atomic operations
-# cost more than a row of a block: a helper borrows the arrays of its caller and must not allocate one.
+# cost more than a row of a block: a helper borrows its caller's arrays, must not allocate one, and may return one only
+# to another helper.
 HELPER = COMPILE | {"cache": False, "_nrt": False}
 # Lets reductions vectorize. Never "nnan"/"ninf": infinities and NaNs must stay visible.
 REASSOCIATE = {"reassoc", "contract", "nsz"}

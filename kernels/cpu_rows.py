@@ -403,7 +403,8 @@ def quantize_int8_reference(x: torch.Tensor) -> Int8Rows:
     wide = x.float()
     largest = wide.abs().amax(-1, keepdim=True)
     tiny = largest < TINY_ROW
-    inverse = torch.where(tiny, 0.0, torch.full_like(largest, INT8_MAX) / largest)  # not scalar / tensor: that is inexact
+    # A full tensor, because torch computes scalar / tensor with a reciprocal.
+    inverse = torch.where(tiny, 0.0, torch.full_like(largest, INT8_MAX) / largest)
     scales = torch.where(tiny, 0.0, largest / INT8_MAX)
     return Int8Rows((wide * inverse).round().to(torch.int8), scales.squeeze(-1))
 

@@ -2,8 +2,8 @@
 
 A second team beside torch's would fight it for the cores: idle OpenMP threads spin for milliseconds before they sleep,
 each team believing itself alone. So a job goes to the OpenMP runtime that torch has loaded; between two matrix
-products its threads are still awake, and a launch costs two or three microseconds. The calling thread must be the one that also
-calls torch's operators, for a team belongs to the thread that started it.
+products its threads are still awake, and a launch costs two or three microseconds. Call from the thread that also
+calls torch's operators: a team belongs to the thread that started it.
 """
 
 import ctypes

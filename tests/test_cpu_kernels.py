@@ -1,5 +1,6 @@
 """The CPU kernels over KV bytes, each beside its reference twin."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numba
@@ -27,8 +28,13 @@ Segments = list[tuple[str, int]]  # format name, num_tokens
 
 
 @pytest.fixture(autouse=True)
-def two_threads() -> None:
+def two_threads() -> Iterator[None]:
+    """Two for the kernels; torch, whose tensors here are tiny, does better with one."""
     numba.set_num_threads(min(2, numba.config.NUMBA_NUM_THREADS))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def test_kernels_and_facts_agree_on_the_formats() -> None:
@@ -153,7 +159,9 @@ def paged(
 ) -> Paged:
     """Random K and V in the given segments. Every byte that belongs to no token is 0xFF: a NaN in most formats."""
     generator = torch.Generator().manual_seed(len(sequences) * head_dim + group)
-    blocks, segments, seq_segments = [], [], [0]
+    blocks: list[Tensor] = []
+    segments: list[tuple[int, int, int]] = []
+    seq_segments = [0]
     for sequence in sequences:
         for name, num_tokens in sequence:
             kv = 2 * torch.randn(2, num_tokens, NUM_KV_HEADS, head_dim, generator=generator)
@@ -250,7 +258,7 @@ def test_large_scores_do_not_overflow() -> None:
 def test_every_byte_of_the_cache_matters(raw: str) -> None:
     case = paged([[(raw, FORMATS[raw].tokens_per_block)]], 64, 1)
     before = case.run().clone()
-    slot = case.slots[case.block_table[0].item()]
+    slot = case.slots[int(case.block_table[0])]
     for position in (3, FORMATS[raw].panel_bytes(64) + 3):
         slot[position] ^= 0x44
         assert not torch.equal(case.run(), before)
@@ -261,7 +269,7 @@ def test_every_byte_of_the_cache_matters(raw: str) -> None:
 @pytest.mark.parametrize("panel", [0, 1], ids=["k", "v"])
 def test_a_nan_in_the_cache_stays_visible(panel: int) -> None:
     case = paged([[("bf16", 40)]], 64, 2)
-    slot = case.slots[case.block_table[1].item()].view(torch.bfloat16)
+    slot = case.slots[int(case.block_table[1])].view(torch.bfloat16)
     slot[panel * 16 * 64 + 5] = float("nan")
     out = case.run()
     assert not out[0, :2].isfinite().all()

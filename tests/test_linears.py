@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from hmad_kernels import cpu_rows
 from torch import Tensor
 
 from hmad.compute.linears import Int8Linear, make_linear, round_bfp8, round_e4m3, stacked
 from hmad.facts.errors import ModelError
+from hmad_kernels import cpu_rows
 
 BF16_ULP = 2.0**-7  # spacing of bfloat16 above 1: seven fraction bits
 DTYPES = (torch.bfloat16, torch.float32)

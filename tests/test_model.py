@@ -64,7 +64,6 @@ def test_error_against_fp32_is_bounded(tmp_path: Path, precision: str) -> None:
     exact = forward(load_model(tmp_path, "fp32"), token_ids)
     hidden = forward(load_model(tmp_path, precision), token_ids)
     error = ((hidden.float() - exact).norm() / exact.norm()).item()
-    print(precision, error)
     assert ERROR_BOUNDS[precision] / 3 < error < ERROR_BOUNDS[precision]
 
 

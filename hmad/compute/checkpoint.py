@@ -165,7 +165,7 @@ def _check_supported(fields: _Fields) -> None:
     if fields.values.get("hidden_act", "silu") != "silu":
         raise fields.fail("hidden_act", "must be 'silu'")
     if fields.values.get("quantization_config") is not None:
-        raise fields.fail("quantization_config", "must be absent: give the unquantized checkpoint, hmad quantizes itself")
+        raise fields.fail("quantization_config", "must be absent: hmad quantizes by itself, from plain weights")
     if fields.flag("attention_bias", False):
         raise fields.fail("attention_bias", "must be false")
     sliding = fields.flag("use_sliding_window", False)
@@ -179,8 +179,8 @@ def _rope_theta(fields: _Fields) -> float:
         rope = fields.child(name).values
         if rope.get("rope_type", rope.get("type", "default")) != "default" or rope.get("partial_rotary_factor", 1) != 1:
             raise fields.fail(name, "must be the default rotary embedding (no yarn, no scaling)")
-    rope = fields.child("rope_parameters")
-    source = rope if "rope_theta" in rope.values else fields
+    parameters = fields.child("rope_parameters")
+    source = parameters if "rope_theta" in parameters.values else fields
     return source.number("rope_theta", None, 1.0, 1e12)
 
 
@@ -298,10 +298,11 @@ def _span(path: Path, name: str, entry: Any, data_begin: int) -> TensorSpan:
     if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
         raise ModelError(f"{path}: tensor {name}: damaged header entry; download the file again")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ModelError(f"{path}: tensor {name}: dtype {dtype!r} is not one of {', '.join(DTYPES)}; convert the checkpoint")
+        raise ModelError(f"{path}: tensor {name}: dtype {dtype!r} is not one of {', '.join(DTYPES)}; convert it")
     begin, end = offsets
     if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
-        raise ModelError(f"{path}: tensor {name}: {end - begin} bytes do not hold {dtype} {shape}; download the file again")
+        fault = f"{end - begin} bytes do not hold {dtype} {shape}"
+        raise ModelError(f"{path}: tensor {name}: {fault}; download the file again")
     return TensorSpan(dtype, tuple(shape), data_begin + begin, data_begin + end)
 
 
@@ -349,7 +350,7 @@ def _check_tensors(config: ModelConfig, shards: list[Shard]) -> None:
     for shard in shards:
         for name, span in shard.spans.items():
             if name not in allowed:
-                raise ModelError(f"{shard.path}: tensor {name} is not part of this Qwen3; does config.json belong to it?")
+                raise ModelError(f"{shard.path}: tensor {name} is not part of this Qwen3; is config.json another's?")
             if span.shape != allowed[name]:
                 raise ModelError(
                     f"{shard.path}: tensor {name} has shape {list(span.shape)}, config.json means {list(allowed[name])}"

@@ -39,9 +39,7 @@ def encode(fmt: KVFormat, k: Tensor, v: Tensor) -> Tensor:
     return _ENCODERS[fmt.name](panels.contiguous()).flatten(1)
 
 
-def decode(
-    fmt: KVFormat, blocks: Tensor, num_tokens: int, num_kv_heads: int, head_dim: int
-) -> tuple[Tensor, Tensor]:
+def decode(fmt: KVFormat, blocks: Tensor, num_tokens: int, num_kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """Decode uint8 [num_blocks, at least block_bytes] to K and V, each float32 [num_tokens, num_kv_heads, head_dim]."""
     num_blocks = fmt.num_blocks(num_tokens)
     block_bytes = 2 * num_kv_heads * fmt.panel_bytes(head_dim)
@@ -107,7 +105,7 @@ def _scale_tokens(panels: Tensor, largest: float) -> tuple[Tensor, Tensor]:
 
 def _split_token_scales(panels: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     """uint8 [..., panel_bytes] -> values' bytes [..., 32, head_dim] and float32 scales [..., 32, 1]."""
-    values, scales = torch.split(panels, (32 * head_dim, 32 * 4), dim=-1)
+    values, scales = torch.split(panels, [32 * head_dim, 32 * 4], dim=-1)
     return unflatten(values.contiguous(), -1, (32, head_dim)), scales.contiguous().view(torch.float32).unsqueeze(-1)
 
 
@@ -147,7 +145,7 @@ def _encode_mxfp8(panels: Tensor) -> Tensor:
 
 
 def _decode_mxfp8(panels: Tensor, head_dim: int) -> Tensor:
-    values, scales = torch.split(panels, (32 * head_dim, head_dim), dim=-1)
+    values, scales = torch.split(panels, [32 * head_dim, head_dim], dim=-1)
     field = unflatten(scales, -1, (32, -1, 1)).int()
     scale = torch.where(field == 0, 1 << 22, field << 23).view(torch.float32)  # 2^-127 is subnormal
     groups = unflatten(values.contiguous().view(torch.float8_e4m3fn), -1, (32, -1, SCALE_GROUP))
@@ -170,7 +168,7 @@ def _encode_bfp8(panels: Tensor) -> Tensor:
 
 def _decode_bfp8(panels: Tensor, head_dim: int) -> Tensor:
     tiles = unflatten(panels, -1, (head_dim // SCALE_GROUP, TILE_BYTES))
-    exponents, values = torch.split(tiles, (4 * FACE, 4 * FACE * FACE), dim=-1)
+    exponents, values = torch.split(tiles, [4 * FACE, 4 * FACE * FACE], dim=-1)
     field = unflatten(exponents, -1, (2, 2, FACE, 1)).int()
     # 2^(field - 133), which is subnormal for fields up to 6.
     scale = torch.where(field > 6, (field - 6) << 23, 1 << (field + 16).clamp(max=22)).view(torch.float32)

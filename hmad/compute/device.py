@@ -67,6 +67,10 @@ class KVHistory:
     def num_bytes(self) -> int:
         return self.k.nbytes + self.v.nbytes
 
+    @staticmethod
+    def bytes_per_token(geometry: KVGeometry, dtype: torch.dtype) -> int:
+        return 2 * geometry.num_layers * geometry.num_kv_heads * geometry.head_dim * dtype.itemsize
+
 
 @dataclass(frozen=True)
 class EncodedBlocks:

@@ -7,14 +7,14 @@ are exact in bfloat16: a bfloat16 product with float32 accumulation *is* their a
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
-from hmad_kernels.cpu_rows import Int8Rows, quantize_int8, scale_rows
 from torch import Tensor
 from torch.nn.functional import linear
 
 from hmad.facts.errors import ConfigError, ModelError
+from hmad_kernels.cpu_rows import Int8Rows, quantize_int8, scale_rows
 
 E4M3_MAX = 448.0
 BFP8_GROUP = 16  # values that share an exponent
@@ -22,7 +22,7 @@ BFP8_DROPPED_BITS = 24 - 7  # float32 significand (with its hidden one) to 7-bit
 SMALLEST_NORMAL = 2.0**-126
 CONVERTED_ROWS = 256  # rows of a weight that are converted at a time
 
-Activation = Tensor | Int8Rows
+Activation: TypeAlias = Tensor | Int8Rows
 
 
 class Linear(Protocol):
@@ -34,9 +34,7 @@ class Linear(Protocol):
         """x [T, K] -> [T, N]."""
 
 
-def stacked(
-    parts: Sequence[Tensor], dtype: torch.dtype, convert: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:
+def stacked(parts: Sequence[Tensor], dtype: torch.dtype, convert: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """Parts [N_i, K] as one [sum N_i, K]; uncopied where there is one part of this dtype and nothing to convert.
 
     Runs of rows are converted one by one: at no time does a second copy of a weight exist in memory.
@@ -120,7 +118,7 @@ def quantize_weight_int8(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def check_integer_products() -> None:
-    """ConfigError unless this torch and CPU multiply int8 exactly (without VNNI some instructions saturate at 16 bits)."""
+    """ConfigError unless this torch and CPU multiply int8 exactly (without VNNI, sums can saturate)."""
     if not hasattr(torch.ops.onednn, "qlinear_pointwise"):
         raise ConfigError("precision int8 needs a torch built with oneDNN; choose another --precision")
     k = 256
@@ -172,7 +170,7 @@ class Bfp8Linear:
 def round_bfp8(x: Tensor) -> Tensor:
     """x [R, K] rounded to bfp8 (docs/formats.md), as bfloat16 [R, K]. A group with a NaN or infinity is all NaN."""
     if x.shape[1] % BFP8_GROUP:
-        raise ModelError(f"precision bfp8 needs linear layers whose width is a multiple of {BFP8_GROUP}, not {x.shape[1]}")
+        raise ModelError(f"precision bfp8 needs linear layers of a width that {BFP8_GROUP} divides, not {x.shape[1]}")
     bits = x.float().reshape(x.shape[0], -1, BFP8_GROUP).view(torch.int32)  # [R, K / 16, 16]
     exponent = (bits >> 23) & 0xFF
     shared = exponent.amax(-1, keepdim=True)  # [R, K / 16, 1]

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from hmad_kernels import cpu_rows
 from torch import Tensor
 from torch.nn.functional import linear
 
 from hmad.compute.checkpoint import ModelConfig, Weights, open_weights, read_config
 from hmad.compute.linears import Activation, Linear, activation_dtype, make_linear
+from hmad_kernels import cpu_rows
 
 # (layer_id, q [T, H, D], k [T, Hkv, D], v [T, Hkv, D]) -> [T, H, D]. The three are views of one buffer: heads are
 # contiguous, tokens are (H + 2 Hkv) * D values apart.
@@ -116,9 +116,7 @@ class Qwen3:
         config = self.config
         qkv = layer.qkv(self._rows.norm(residual, delta, layer.input_norm, config.rms_norm_eps))
         num_heads, num_kv_heads = config.num_heads, config.num_kv_heads
-        self._rows.qk_norm_rope(
-            qkv, layer.q_norm, layer.k_norm, cos_sin, num_heads, num_kv_heads, config.rms_norm_eps
-        )
+        self._rows.qk_norm_rope(qkv, layer.q_norm, layer.k_norm, cos_sin, num_heads, num_kv_heads, config.rms_norm_eps)
         heads = qkv.view(len(qkv), num_heads + 2 * num_kv_heads, config.head_dim)
         q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
         return q, k, v

@@ -49,7 +49,11 @@ class DecodeNode:
         tail_format = FORMATS[config.precision]
         metrics = Metrics()
         role = DecodeRole(
-            arena, tail_format, model.max_model_len, lambda peer, size: metrics.count_link_bytes(peer, "received", size)
+            arena,
+            tail_format,
+            model.max_model_len,
+            model.config.vocab_size,
+            lambda peer, size: metrics.count_link_bytes(peer, "received", size),
         )
         device = CpuDecode(transformer, arena, tail_format, config.threads)
         role.engine = DecodeEngine(device, config.max_batch_size, role.deliver_from_engine)

@@ -7,6 +7,8 @@ from typing import Any
 
 from hmad.compute.checkpoint import read_generation_defaults
 from hmad.compute.cpu import CpuPrefill
+from hmad.compute.device import KVHistory
+from hmad.compute.linears import activation_dtype
 from hmad.compute.model import load_model
 from hmad.compute.staging import StagingPool
 from hmad.compute.tokenizer import Tokenizer
@@ -15,7 +17,7 @@ from hmad.edges.completions import ServedModel
 from hmad.edges.metrics import Metrics
 from hmad.edges.node import SHUTDOWN_S, NodeModel, common_status
 from hmad.facts.config import Config
-from hmad.facts.formats import FORMATS
+from hmad.facts.formats import FORMATS, KVGeometry
 from hmad.facts.keys import load_api_keys
 from hmad.facts.timeline import Timeline
 from hmad.roles.engines import STALLED_AFTER_S, PrefillEngine, PrefillListener
@@ -63,7 +65,8 @@ class PrefillNode:
         loading = asyncio.to_thread(load_model, config.model, config.precision, config.load_format, config.dummy_seed)
         transformer = await loading
         metrics = Metrics()
-        role = PrefillRole(role_settings(config, model), make_staging(config, model), lambda t: record(t, metrics))
+        staging = make_staging(config, model)
+        role = PrefillRole(role_settings(config, model, staging), staging, lambda timeline: record(timeline, metrics))
         role.engine = PrefillEngine(
             CpuPrefill(transformer, model.geometry, role.staging),
             config.max_batch_tokens,
@@ -109,9 +112,22 @@ class PrefillNode:
         }
 
 
-def role_settings(config: Config, model: NodeModel) -> PrefillSettings:
+def max_prompt_tokens(config: Config, geometry: KVGeometry, staging: StagingPool) -> int:
+    """The longest prompt for which there is memory: one forward pass needs none, later chunks need history."""
+    bytes_per_token = KVHistory.bytes_per_token(geometry, activation_dtype(config.precision))
+    longest = max(config.max_batch_tokens, config.history_bytes // bytes_per_token)
+    if config.transfer == "layerwise":
+        return longest
+    # Nothing leaves before the end, so staging holds all of it: whole pages for each layer.
+    fmt = max(FORMATS.values(), key=lambda f: geometry.block_bytes(f) / f.tokens_per_block)
+    tokens_per_page = staging.page_bytes // geometry.block_bytes(fmt) * fmt.tokens_per_block
+    return min(longest, staging.num_pages // geometry.num_layers * tokens_per_page)
+
+
+def role_settings(config: Config, model: NodeModel, staging: StagingPool) -> PrefillSettings:
     return PrefillSettings(
         geometry=model.geometry,
+        max_prompt_tokens=max_prompt_tokens(config, model.geometry, staging),
         vocab_size=model.config.vocab_size,
         max_batch_tokens=config.max_batch_tokens,
         max_queue=config.max_queue,

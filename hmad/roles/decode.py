@@ -10,6 +10,7 @@ import numpy as np
 
 from hmad.compute.arena import Arena
 from hmad.compute.sequence import DecodeSequence, Segment
+from hmad.facts.errors import RemoteProtocolError
 from hmad.facts.formats import FORMATS, KVFormat
 from hmad.facts.sampling import SamplingParams
 from hmad.roles.engines import DecodeEngine, StepOutput
@@ -57,9 +58,15 @@ class DecodeRole:
     """Owns the arena and what lies in it. Everything here runs on the loop's thread; steps run in the engine's."""
 
     def __init__(
-        self, arena: Arena, tail_format: KVFormat, max_model_len: int, received: Callable[[str, int], None]
+        self,
+        arena: Arena,
+        tail_format: KVFormat,
+        max_model_len: int,
+        vocab_size: int,
+        received: Callable[[str, int], None],
     ) -> None:
         self.arena = arena
+        self._vocab_size = vocab_size
         self._received = received  # (peer, bytes) of every LAYER that lands
         self._tail_format = tail_format
         self._max_model_len = max_model_len
@@ -67,7 +74,6 @@ class DecodeRole:
         self._of_sequence: dict[DecodeSequence, tuple[DecodeTransfer, int]] = {}
         self._loop = asyncio.get_running_loop()
         self.engine: DecodeEngine
-        self.draining = False
         self.num_tokens = 0
         self.num_failed = 0
 
@@ -89,19 +95,20 @@ class DecodeRole:
         """Lease room for the prompt and the longest answer, or say why not."""
         params = sampling_from_wire(message.sampling)
         fmt = FORMATS[message.format]
+        prompt_token_ids = np.frombuffer(prompt, "<u4")
         needed = slots_needed(fmt, self._tail_format, message.num_prompt_tokens, params, message.num_choices)
         never = self._never_fits(message, needed)
-        if self.draining:
-            session.deny(
-                transfer, DenyReason.DRAINING, "this decode node drains: place the request elsewhere", RETRY_AFTER_S
-            )
+        foreign = [t for t in (int(prompt_token_ids.max()), *params.forced_token_ids) if t >= self._vocab_size]
+        if foreign:
+            bad = f"token {foreign[0]} is outside the vocabulary of {self._vocab_size}"
+            session.deny(transfer, DenyReason.BAD_REQUEST, bad, 0.0)
         elif never:
             session.deny(transfer, DenyReason.NEVER_FITS, never, 0.0)
         elif needed > self.arena.free_slots:
             full = f"{needed} slots are needed, {self.arena.free_slots} of {self.arena.num_slots} are free"
             session.deny(transfer, DenyReason.FULL, full, RETRY_AFTER_S)
         else:
-            self._hold(session, transfer, message, np.frombuffer(prompt, "<u4"), params)
+            self._hold(session, transfer, message, prompt_token_ids, params)
             session.grant(transfer)
 
     def landing(self, transfer: DecodeTransfer, layer: Layer) -> Sequence[memoryview]:
@@ -116,11 +123,14 @@ class DecodeRole:
     def ready(self, session: DecodeSession, transfer: DecodeTransfer, commit: Commit) -> None:
         """Every layer is in its slots and verified: the choices join the running batch."""
         holding = self._holdings[transfer]
+        if any(choice.first_token >= self._vocab_size for choice in commit.choices):
+            raise RemoteProtocolError(f"COMMIT has a first token outside the vocabulary of {self._vocab_size}")
         holding.running = {choice.index: self._sequence(holding, choice) for choice in commit.choices}
         for choice, sequence in holding.running.items():
             self._of_sequence[sequence] = (transfer, choice)
-        session.committed(transfer)
+        # First the batch: a choice that was cancelled meanwhile can only be dropped from where it is.
         self.engine.join_batch(holding.running.values())
+        session.committed(transfer)
 
     def cancelled(self, transfer: DecodeTransfer, choices: Sequence[int]) -> None:
         running = self._holdings[transfer].running

@@ -40,6 +40,7 @@ class PrefillSettings:
     geometry: KVGeometry
     vocab_size: int
     max_batch_tokens: int
+    max_prompt_tokens: int  # what history (or staging, when nothing is sent before the end) has room for
     max_queue: int
     queue_timeout_s: float
     transfer_after: bool  # the sequential baseline: nothing is sent before the prompt is computed
@@ -76,6 +77,15 @@ class PrefillRole:
 
     def check_admissible(self, requests: Sequence[GenerationRequest]) -> None:
         """Raise RequestError for what would be refused at once."""
+        longest = max(len(request.prompt_token_ids) for request in requests)
+        if longest > self.settings.max_prompt_tokens:
+            raise RequestError(
+                400,
+                f"the prompt has {longest} tokens, this prefill node has memory for {self.settings.max_prompt_tokens}: "
+                "ask its operator for more history-bytes (or staging-bytes with transfer = after)",
+                param="prompt",
+                code="never_fits",
+            )
         if self.num_waiting + len(requests) > self.settings.max_queue:
             raise RequestError(
                 429,

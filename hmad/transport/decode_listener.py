@@ -100,10 +100,6 @@ class DecodeListener:
         if self._server is not None:
             await self._server.wait_closed()
 
-    def broadcast(self, message: AnyMessage) -> None:
-        for session in self.sessions.values():
-            session.send(message)
-
     def _accept(self) -> FrameConnection:
         accepted = AcceptedConnection(self)
         connection = FrameConnection(FrameReader(self.settings.identity.limits, accepted.place), accepted.made)
