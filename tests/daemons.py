@@ -55,11 +55,13 @@ class Daemon:
     # --- life ---
 
     def start(self) -> None:
-        options = [
-            word for name, value in self._flags.items() for word in (f"--{name.replace('_', '-')}", str(value))
-        ]
+        options = [word for name, value in self._flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "hmad", *options], cwd=ROOT, env=clean_environment(), stdout=self._log, stderr=self._log
+            [sys.executable, "-m", "hmad", *options],
+            cwd=ROOT,
+            env=clean_environment(),
+            stdout=self._log,
+            stderr=self._log,
         )
 
     def wait_until(self, path: str, status: int = 200) -> Answer:

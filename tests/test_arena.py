@@ -108,7 +108,7 @@ def test_every_step_reads_the_raw_bytes(model: Qwen3, name: str, layer_id: int) 
     sound, damaged = (Decoding(model, FORMATS[name], params) for _ in range(2))
     assert [sound.step() for _ in range(2)] == [damaged.step() for _ in range(2)]
     value = FORMATS[name].panel_bytes(GEOMETRY.head_dim) + {"bfp8": 64}.get(name, 0) + 3  # V of head 0, past exponents
-    damaged.arena.layer(layer_id)[int(damaged.slots[1]), value] ^= 0xC0
+    damaged.arena.layer(layer_id)[int(damaged.slots[1]), value] ^= 0x80  # the sign, in every format
     assert sound.step().logits != damaged.step().logits
 
 

@@ -29,9 +29,7 @@ FORMAT_ERRORS = {"fp32": 0.0, "bf16": 0.005, "int8": 0.01, "fp8_e4m3": 0.03, "mx
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("model")
-    write_checkpoint(
-        directory, num_layers=NUM_LAYERS, num_kv_heads=NUM_KV_HEADS, head_dim=HEAD_DIM, max_positions=2048
-    )
+    write_checkpoint(directory, num_layers=NUM_LAYERS, num_kv_heads=NUM_KV_HEADS, head_dim=HEAD_DIM, max_positions=2048)
     return directory
 
 

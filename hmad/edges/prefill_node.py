@@ -144,7 +144,9 @@ def make_staging(config: Config, model: NodeModel) -> StagingPool:
 
 
 def record(timeline: Timeline, metrics: Metrics) -> None:
-    """A request has finished: count its bytes and what its transfer cost."""
+    """A request has finished: how long it queued, its bytes, and what its transfer cost."""
+    if timeline.prefill_started_s is not None:
+        metrics.queue_s.observe(timeline.prefill_started_s - timeline.arrived_s)
     if timeline.peer is None or timeline.wire_s is None or timeline.exposed_s is None or timeline.hidden is None:
         return
     num_bytes = sum(layer.wire_bytes for layer in timeline.layers.values())

@@ -276,7 +276,7 @@ class RequestRun:
     def note_layer(self, clock: LayerClock) -> None:
         """A layer of ours was computed, maybe for one more chunk."""
         times = self.timeline.layers.setdefault(clock.layer_id, LayerTimes(clock.started_s, clock.kv_ready_s))
-        times.started_s, times.kv_ready_s = clock.started_s, clock.kv_ready_s
+        times.kv_ready_s = clock.kv_ready_s
         self.timeline.prefill_started_s = self.timeline.prefill_started_s or clock.started_s
 
     def ship(self, blocks: StagedBlocks) -> None:

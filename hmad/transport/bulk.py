@@ -29,6 +29,7 @@ class BulkSender:
         self._sock = sock
         self._pacer = pacer
         self._queue: asyncio.Queue[OutgoingLayer] = asyncio.Queue()
+        self._closed = False
 
     @property
     def backlog(self) -> int:
@@ -36,17 +37,25 @@ class BulkSender:
 
     def put(self, layer: OutgoingLayer) -> None:
         """Queue a frame; its payload is staging memory, so the queue is bounded by the staging pool."""
-        self._queue.put_nowait(layer)
+        if self._closed:
+            layer.sent()
+        else:
+            self._queue.put_nowait(layer)
 
     async def run(self) -> None:
-        """Send until cancelled or the connection breaks (OSError); whatever was queued is then given back."""
+        """Send until cancelled or the connection breaks (OSError)."""
         try:
             while True:
                 await self._send(await self._queue.get())
         finally:
-            self._sock.close()
-            while not self._queue.empty():
-                self._queue.get_nowait().sent()
+            self.close()
+
+    def close(self) -> None:
+        """Close the socket and give back whatever is queued, now or later."""
+        self._closed = True
+        self._sock.close()
+        while not self._queue.empty():
+            self._queue.get_nowait().sent()
 
     async def _send(self, layer: OutgoingLayer) -> None:
         try:

@@ -151,6 +151,8 @@ class AcceptedConnection:
         """Where a LAYER's payload goes; asked once its header is here."""
         if self._session is None:
             raise RemoteProtocolError("LAYER before the handshake is done")
+        if self._session.is_control(self):
+            raise RemoteProtocolError("LAYER may not come on the control channel")
         self._place, views = self._session.layer_begins(layer, payload_bytes)
         return views
 
@@ -261,6 +263,9 @@ class DecodeSession:
             self._control.send(Tokens(tuple(entry for entry, _ in batch)), b"".join(extras for _, extras in batch))
         self._settle()
 
+    def is_control(self, channel: AcceptedConnection) -> bool:
+        return channel.connection is self._control
+
     def describe(self) -> dict[str, object]:
         """For /status."""
         return {
@@ -294,15 +299,17 @@ class DecodeSession:
 
     def frame_received(self, channel: AcceptedConnection, received: Received) -> None:
         self._liveness.heard()
-        if channel.connection is not self._control:
+        if not self.is_control(channel):
             raise RemoteProtocolError(f"{type(received.message).__name__} may not come on a bulk channel")
         match received.message:
             case Reserve() as message:
                 self._host.reserve(self, self.transfers.reserve(message), message, received.payload or memoryview(b""))
                 self._settle()
             case Commit() as message:
-                self._commits[message.transfer_id] = message
-                self._take(self.transfers.commit(message))
+                outcome = self.transfers.commit(message)
+                if outcome.verdict is not Verdict.DISCARDED:
+                    self._commits[message.transfer_id] = message
+                self._take(outcome)
             case Cancel() as message:
                 self._cancel(message)
             case Abort() as message:

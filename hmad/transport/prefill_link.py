@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hmad.facts.errors import HandshakeRejected, RemoteError, RemoteProtocolError
+from hmad.facts.errors import HandshakeRejected, HmadError, RemoteError, RemoteProtocolError
 from hmad.facts.timeline import Timeline
 from hmad.transport.bulk import BulkSender, OutgoingLayer
 from hmad.transport.clock import ClockOffset
@@ -74,7 +74,10 @@ class PeerLink:
                 backoff_s = BACKOFF_FIRST_S
                 self._set_trouble(None)
                 await self._session.run()
-            except (OSError, RemoteError, TimeoutError) as error:
+            except (OSError, HmadError, TimeoutError) as error:
+                self._set_trouble(describe(error, self.name))
+            except Exception as error:  # a bug must not cost us the peer for good
+                log.exception("peer %s: the session failed", self.name)
                 self._set_trouble(describe(error, self.name))
             finally:
                 self._forget_session()
@@ -203,6 +206,8 @@ class PrefillSession:
         if self._liveness:
             self._liveness.stop()
         self._control.abort()
+        for bulk in self._bulks:
+            bulk.close()
         self.transfers.close()
         error = RemoteError(f"decode node {self.peer_name} is gone: {self.link.trouble or 'session closed'}")
         for lease in list(self._leases.values()):
