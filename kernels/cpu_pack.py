@@ -221,7 +221,8 @@ def _scale_groups(row, inverse, scales):
     """Divide each mxfp8 group by its scale, in place; a scale is the peak's exponent (0 for subnormals) less 8."""
     for g in range(scales.shape[0]):
         peak = _peak(row[g * GROUP : (g + 1) * GROUP])
-        scale = max(np.int64(peak >> np.uint32(23)) - E4M3_MAX_EXPONENT, 0)
+        exponent = np.int64(peak >> np.uint32(23))
+        scale = exponent - E4M3_MAX_EXPONENT if exponent > E4M3_MAX_EXPONENT else np.int64(0)
         scales[g] = np.uint8(scale)
         _fill(inverse[g * GROUP : (g + 1) * GROUP], np.uint32(254 - scale) << np.uint32(23))
     for i in range(row.shape[0]):

@@ -6,11 +6,9 @@ types and then hand plain addresses to the kernel: a numpy view of each tensor w
 Many rows are shared out to torch's thread team.
 """
 
-import ctypes
 import functools
 import struct
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -27,7 +25,7 @@ LOG2_E = np.float32(1.4426950408889634)
 LN_2 = np.float32(0.6931471805599453)
 PARALLEL_VALUES = 1 << 15  # from here on more threads gain more than their start costs
 DTYPES = (torch.bfloat16, torch.float32)
-ADD_RMS_NORM, SILU_MUL, QUANTIZE, SCALE_ROWS, QK_NORM_ROPE = range(5)
+ADD_RMS_NORM, SILU_MUL, QUANTIZE, QK_NORM_ROPE = range(4)
 
 
 class Int8Rows(NamedTuple):
@@ -35,6 +33,17 @@ class Int8Rows(NamedTuple):
 
     values: torch.Tensor  # [T, K] int8
     scales: torch.Tensor  # [T] float32
+
+
+class ScaledRows(NamedTuple):
+    """A product of quantized rows before their scales: row t stands for values[t] * scales[t]."""
+
+    values: torch.Tensor  # [T, N] bfloat16
+    scales: torch.Tensor  # [T] float32
+
+
+# What a linear layer returns. Whoever reads it next applies the scales on the way, which saves a pass over memory.
+Product: TypeAlias = torch.Tensor | ScaledRows
 
 
 # --- jit helpers ------------------------------------------------------------------------------------------------------
@@ -116,26 +125,33 @@ def sum_of_squares(rows, base, n):
     return total
 
 
-@njit(fastmath=REASSOCIATE, **COMPILE)
-def add_row(x, delta, base, n):
-    for c in range(n):
-        store(x, base + c, load(x, base + c) + load(delta, base + c))
+@njit(**COMPILE)
+def scale_of(scales_address, r):
+    """The scale of row r, 1 where rows have none."""
+    return pointer(scales_address, np.float32(0))[r] if scales_address else np.float32(1)
 
 
 @njit(**COMPILE)
-def norm_row(x, base, weight, n, eps, row):
-    """RMS norm of one row into float32 scratch: round the normed value, then times the weight."""
-    inverse = np.float32(1) / np.sqrt(sum_of_squares(x, base, n) / np.float32(n) + np.float32(eps))
+def add_row(x, delta, base, n, scale):
+    for c in range(n):
+        store(x, base + c, load(x, base + c) + rounded(load(delta, base + c) * scale, x))
+
+
+@njit(**COMPILE)
+def norm_row(x, base, weight, n, eps, scale, row):
+    """RMS norm of one row times ``scale`` into float32 scratch: round the normed value, then times the weight."""
+    mean = sum_of_squares(x, base, n) / np.float32(n) * scale * scale
+    inverse = scale / np.sqrt(mean + np.float32(eps))
     for c in range(n):
         row[c] = rounded(rounded(load(x, base + c) * inverse, x) * load(weight, c), x)
 
 
 @njit(**COMPILE)
-def silu_mul_row(gate_up, base, n, row):
+def silu_mul_row(gate_up, base, n, scale, row):
     for c in range(n):
-        gate = load(gate_up, base + c)
+        gate = load(gate_up, base + c) * scale
         silu = rounded(gate / (np.float32(1) + exp_f32(-gate)), gate_up)
-        row[c] = rounded(silu * load(gate_up, base + n + c), gate_up)
+        row[c] = rounded(silu * (load(gate_up, base + n + c) * scale), gate_up)
 
 
 @njit(**COMPILE)
@@ -172,22 +188,23 @@ def emit_row(row, n, r, out_address, scales_address, tag):
 
 
 @njit(**COMPILE)
-def _add_rms_norm(x_address, delta_address, weight_address, out_address, scales_address, begin, end, n, eps, tag):
+def _add_rms_norm(x_address, delta_address, delta_scales_address, weight_address, out_address, scales_address,
+                  begin, end, n, eps, tag):  # fmt: skip
     x, delta, weight = pointer(x_address, tag), pointer(delta_address, tag), pointer(weight_address, tag)
     row = np.empty(n, np.float32)
     for r in range(begin, end):
         if delta_address:
-            add_row(x, delta, r * n, n)
-        norm_row(x, r * n, weight, n, eps, row)
+            add_row(x, delta, r * n, n, scale_of(delta_scales_address, r))
+        norm_row(x, r * n, weight, n, eps, np.float32(1), row)
         emit_row(row, n, r, out_address, scales_address, tag)
 
 
 @njit(**COMPILE)
-def _silu_mul(gate_up_address, out_address, scales_address, begin, end, n, tag):
+def _silu_mul(gate_up_address, gate_up_scales_address, out_address, scales_address, begin, end, n, tag):
     gate_up = pointer(gate_up_address, tag)
     row = np.empty(n, np.float32)
     for r in range(begin, end):
-        silu_mul_row(gate_up, r * 2 * n, n, row)
+        silu_mul_row(gate_up, r * 2 * n, n, scale_of(gate_up_scales_address, r), row)
         emit_row(row, n, r, out_address, scales_address, tag)
 
 
@@ -202,15 +219,6 @@ def _quantize(x_address, out_address, scales_address, begin, end, n, tag):
 
 
 @njit(**COMPILE)
-def _scale_rows(x_address, scales_address, begin, end, n, tag):
-    x, scales = pointer(x_address, tag), pointer(scales_address, np.float32(0))
-    for r in range(begin, end):
-        scale = scales[r]
-        for c in range(n):
-            store(x, r * n + c, load(x, r * n + c) * scale)
-
-
-@njit(**COMPILE)
 def rope_row(row, half, cos_sin, angle_base, x, base):
     """Rotate one normed head (float32 scratch) and store it; each product is rounded, as the unfused model does."""
     for c in range(half):
@@ -221,16 +229,21 @@ def rope_row(row, half, cos_sin, angle_base, x, base):
 
 
 @njit(**COMPILE)
-def _qk_norm_rope(qkv_address, q_weight_address, k_weight_address, cos_sin_address,
+def _qk_norm_rope(qkv_address, scales_address, q_weight_address, k_weight_address, cos_sin_address,
                   num_heads, num_kv_heads, begin, end, head_dim, eps, tag):  # fmt: skip
     qkv, cos_sin = pointer(qkv_address, tag), pointer(cos_sin_address, tag)
     q_weight, k_weight = pointer(q_weight_address, tag), pointer(k_weight_address, tag)
     row = np.empty(head_dim, np.float32)
+    num_rotated = num_heads + num_kv_heads
     for r in range(begin, end):
-        for h in range(num_heads + num_kv_heads):
-            base = (r * (num_heads + 2 * num_kv_heads) + h) * head_dim
-            norm_row(qkv, base, q_weight if h < num_heads else k_weight, head_dim, eps, row)
+        scale, first = scale_of(scales_address, r), r * (num_rotated + num_kv_heads) * head_dim
+        for h in range(num_rotated):
+            base = first + h * head_dim
+            norm_row(qkv, base, q_weight if h < num_heads else k_weight, head_dim, eps, scale, row)
             rope_row(row, head_dim // 2, cos_sin, r * head_dim, qkv, base)
+        if scales_address:
+            for c in range(num_rotated * head_dim, (num_rotated + num_kv_heads) * head_dim):
+                store(qkv, first + c, load(qkv, first + c) * scale)
 
 
 @njit(**COMPILE)
@@ -239,19 +252,17 @@ def _run_share(job, tag):
     kernel, n, eps = job[0], job[3], np.int64(job[4]).view(np.float64)
     begin, end = share_of(job[2])
     if kernel == ADD_RMS_NORM:
-        _add_rms_norm(job[5], job[6], job[7], job[8], job[9], begin, end, n, eps, tag)
+        _add_rms_norm(job[5], job[6], job[7], job[8], job[9], job[10], begin, end, n, eps, tag)
     elif kernel == SILU_MUL:
-        _silu_mul(job[5], job[6], job[7], begin, end, n, tag)
+        _silu_mul(job[5], job[6], job[7], job[8], begin, end, n, tag)
     elif kernel == QUANTIZE:
         _quantize(job[5], job[6], job[7], begin, end, n, tag)
-    elif kernel == SCALE_ROWS:
-        _scale_rows(job[5], job[6], begin, end, n, tag)
     elif kernel == QK_NORM_ROPE:
-        _qk_norm_rope(job[5], job[6], job[7], job[8], job[9], job[10], begin, end, n, eps, tag)
+        _qk_norm_rope(job[5], job[6], job[7], job[8], job[9], job[10], job[11], begin, end, n, eps, tag)
 
 
 @functools.cache
-def _body() -> Callable[[ctypes.Array[ctypes.c_int64]], None]:
+def _body() -> cpu_team.Body:
     """All kernels for both row types behind one entry, compiled (or read from the cache) at the first call."""
 
     @cfunc(cpu_team.JOB, cache=True)
@@ -261,7 +272,8 @@ def _body() -> Callable[[ctypes.Array[ctypes.c_int64]], None]:
         else:
             _run_share(job, np.float32(0))
 
-    return body.ctypes
+    entry: cpu_team.Body = body.ctypes
+    return entry
 
 
 # --- checked launchers ------------------------------------------------------------------------------------------------
@@ -292,48 +304,64 @@ def _room_for_int8(num_rows: int, n: int) -> Int8Rows:
     return Int8Rows(torch.empty((num_rows, n), dtype=torch.int8), torch.empty(num_rows, dtype=torch.float32))
 
 
+_SCALES_LIKE = torch.empty(0, dtype=torch.float32)
+
+
+def _addresses(like: torch.Tensor, product: Product, shape: tuple[int, int]) -> tuple[int, int]:
+    """Where a product's values and its scales (0 for none) are, after a check of both."""
+    if isinstance(product, torch.Tensor):
+        _check(like, (product, shape))
+        return product.data_ptr(), 0
+    _check(like, (product.values, shape))
+    _check(_SCALES_LIKE, (product.scales, shape[:1]))
+    return product.values.data_ptr(), product.scales.data_ptr()
+
+
+def _values(product: Product) -> torch.Tensor:
+    return product if isinstance(product, torch.Tensor) else product.values
+
+
 def _launch_add_rms_norm(
-    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float, out: torch.Tensor, scales: int
+    x: torch.Tensor, delta: Product | None, weight: torch.Tensor, eps: float, out: torch.Tensor, scales: int
 ) -> None:
     num_rows, n = x.shape
     _check(x, (x, (num_rows, n)), (weight, (n,)))
-    if delta is not None:
-        _check(x, (delta, (num_rows, n)))
-    delta_address = 0 if delta is None else delta.data_ptr()
-    addresses = x.data_ptr(), delta_address, weight.data_ptr(), out.data_ptr(), scales
-    _run(ADD_RMS_NORM, x, num_rows, n, eps, *addresses)
+    delta_addresses = (0, 0) if delta is None else _addresses(x, delta, (num_rows, n))
+    _run(ADD_RMS_NORM, x, num_rows, n, eps, x.data_ptr(), *delta_addresses, weight.data_ptr(), out.data_ptr(), scales)
 
 
-def add_rms_norm(x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def add_rms_norm(x: torch.Tensor, delta: Product | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x += delta in place (x, delta [T, N]; None adds nothing), and the RMS norm of the sum, times weight [N]."""
     out = torch.empty_like(x)
     _launch_add_rms_norm(x, delta, weight, eps, out, 0)
     return out
 
 
-def add_rms_norm_int8(x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float) -> Int8Rows:
+def add_rms_norm_int8(x: torch.Tensor, delta: Product | None, weight: torch.Tensor, eps: float) -> Int8Rows:
     """``add_rms_norm`` whose result is quantized row by row."""
     out = _room_for_int8(*x.shape)
     _launch_add_rms_norm(x, delta, weight, eps, out.values, out.scales.data_ptr())
     return out
 
 
-def _launch_silu_mul(gate_up: torch.Tensor, out: torch.Tensor, scales: int) -> None:
-    num_rows, n = out.shape
-    _check(gate_up, (gate_up, (num_rows, 2 * n)))
-    _run(SILU_MUL, gate_up, num_rows, n, 0.0, gate_up.data_ptr(), out.data_ptr(), scales)
+def _launch_silu_mul(gate_up: Product, out: torch.Tensor, scales: int) -> None:
+    values, (num_rows, n) = _values(gate_up), out.shape
+    addresses = _addresses(values, gate_up, (num_rows, 2 * n))
+    _run(SILU_MUL, values, num_rows, n, 0.0, *addresses, out.data_ptr(), scales)
 
 
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+def silu_mul(gate_up: Product) -> torch.Tensor:
     """silu(gate) * up -> [T, N] of gate_up [T, 2 N]."""
-    out = torch.empty((gate_up.shape[0], gate_up.shape[1] // 2), dtype=gate_up.dtype)
+    values = _values(gate_up)
+    out = torch.empty((values.shape[0], values.shape[1] // 2), dtype=values.dtype)
     _launch_silu_mul(gate_up, out, 0)
     return out
 
 
-def silu_mul_int8(gate_up: torch.Tensor) -> Int8Rows:
+def silu_mul_int8(gate_up: Product) -> Int8Rows:
     """``silu_mul`` whose result is quantized row by row."""
-    out = _room_for_int8(gate_up.shape[0], gate_up.shape[1] // 2)
+    values = _values(gate_up)
+    out = _room_for_int8(values.shape[0], values.shape[1] // 2)
     _launch_silu_mul(gate_up, out.values, out.scales.data_ptr())
     return out
 
@@ -347,93 +375,84 @@ def quantize_int8(x: torch.Tensor) -> Int8Rows:
     return out
 
 
-def scale_rows(x: torch.Tensor, scales: torch.Tensor) -> None:
-    """x [T, N] *= scales [T] (float32), in place."""
-    num_rows, n = x.shape
-    _check(x, (x, (num_rows, n)))
-    if scales.dtype != torch.float32:
-        raise ValueError(f"scales must be float32, not {scales.dtype}")
-    _check(scales, (scales, (num_rows,)))
-    _run(SCALE_ROWS, x, num_rows, n, 0.0, x.data_ptr(), scales.data_ptr())
-
-
 def qk_norm_rope(
-    qkv: torch.Tensor,
+    qkv: Product,
     q_weight: torch.Tensor,
     k_weight: torch.Tensor,
     cos_sin: torch.Tensor,
     num_heads: int,
     num_kv_heads: int,
     eps: float,
-) -> None:
+) -> torch.Tensor:
     """RMS norm per head, then rotary embedding, in place on the q and k heads of qkv [T, (H + 2 Hkv) * D].
 
-    q_weight, k_weight [D]; cos_sin [T, D] holds each row's D/2 cosines, then its D/2 sines.
+    q_weight, k_weight [D]; cos_sin [T, D] holds each row's D/2 cosines, then its D/2 sines. Returns qkv, scaled.
     """
-    num_rows, head_dim = qkv.shape[0], q_weight.shape[0]
-    width = (num_heads + 2 * num_kv_heads) * head_dim
-    _check(
-        qkv, (qkv, (num_rows, width)), (q_weight, (head_dim,)), (k_weight, (head_dim,)), (cos_sin, (num_rows, head_dim))
-    )
-    addresses = qkv.data_ptr(), q_weight.data_ptr(), k_weight.data_ptr(), cos_sin.data_ptr()
-    _run(QK_NORM_ROPE, qkv, num_rows, head_dim, eps, *addresses, num_heads, num_kv_heads)
+    values, head_dim = _values(qkv), q_weight.shape[0]
+    num_rows, width = values.shape[0], (num_heads + 2 * num_kv_heads) * head_dim
+    _check(values, (q_weight, (head_dim,)), (k_weight, (head_dim,)), (cos_sin, (num_rows, head_dim)))
+    addresses = *_addresses(values, qkv, (num_rows, width)), q_weight.data_ptr(), k_weight.data_ptr()
+    _run(QK_NORM_ROPE, values, num_rows, head_dim, eps, *addresses, cos_sin.data_ptr(), num_heads, num_kv_heads)
+    return values
 
 
 # --- reference twins --------------------------------------------------------------------------------------------------
 
 
-def add_rms_norm_reference(
-    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
-) -> torch.Tensor:
+def wide(product: Product) -> torch.Tensor:
+    """A product in float32, its scales applied."""
+    if isinstance(product, torch.Tensor):
+        return product.float()
+    return product.values.float() * product.scales.unsqueeze(1)
+
+
+def _normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMS norm of float32 x, rounded to the type of the weight before and after it is applied."""
+    return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)).to(weight.dtype)
+
+
+def add_rms_norm_reference(x: torch.Tensor, delta: Product | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """``add_rms_norm``, unfused."""
     if delta is not None:
-        x += delta
-    wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+        x += wide(delta).to(x.dtype)
+    return _normed(x.float(), weight, eps)
 
 
-def silu_mul_reference(gate_up: torch.Tensor) -> torch.Tensor:
+def silu_mul_reference(gate_up: Product) -> torch.Tensor:
     """``silu_mul``, unfused."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate) * up
+    gate, up = wide(gate_up).chunk(2, dim=-1)
+    dtype = _values(gate_up).dtype
+    return (torch.nn.functional.silu(gate).to(dtype) * up).to(dtype)
 
 
 def quantize_int8_reference(x: torch.Tensor) -> Int8Rows:
     """``quantize_int8``, unfused. The ``_int8`` launchers equal their plain twin followed by this."""
-    wide = x.float()
-    largest = wide.abs().amax(-1, keepdim=True)
+    rows = x.float()
+    largest = rows.abs().amax(-1, keepdim=True)
     tiny = largest < TINY_ROW
     # A full tensor, because torch computes scalar / tensor with a reciprocal.
     inverse = torch.where(tiny, 0.0, torch.full_like(largest, INT8_MAX) / largest)
     scales = torch.where(tiny, 0.0, largest / INT8_MAX)
-    return Int8Rows((wide * inverse).round().to(torch.int8), scales.squeeze(-1))
-
-
-def scale_rows_reference(x: torch.Tensor, scales: torch.Tensor) -> None:
-    """``scale_rows``, unfused."""
-    x.copy_(x.float() * scales.unsqueeze(1))
+    return Int8Rows((rows * inverse).round().to(torch.int8), scales.squeeze(-1))
 
 
 def qk_norm_rope_reference(
-    qkv: torch.Tensor,
+    qkv: Product,
     q_weight: torch.Tensor,
     k_weight: torch.Tensor,
     cos_sin: torch.Tensor,
     num_heads: int,
     num_kv_heads: int,
     eps: float,
-) -> None:
-    """``qk_norm_rope``, unfused."""
-    head_dim = q_weight.shape[0]
-    heads = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, head_dim)
-    for part, weight in (
-        (heads[:, :num_heads], q_weight),
-        (heads[:, num_heads : num_heads + num_kv_heads], k_weight),
-    ):
-        normed = add_rms_norm_reference(part, None, weight, eps)
-        low, high = normed.chunk(2, dim=-1)
-        cos, sin = cos_sin.unsqueeze(1).chunk(2, dim=-1)  # [T, 1, D/2]
-        part.copy_(torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1))
+) -> torch.Tensor:
+    """``qk_norm_rope``, unfused, and not in place."""
+    heads = wide(qkv).view(-1, num_heads + 2 * num_kv_heads, q_weight.shape[0])
+    q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    cos, sin = cos_sin.unsqueeze(1).chunk(2, dim=-1)  # [T, 1, D/2]
+    rotated = []
+    for low, high in (_normed(q, q_weight, eps).chunk(2, dim=-1), _normed(k, k_weight, eps).chunk(2, dim=-1)):
+        rotated.append(torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1))
+    return torch.cat((*rotated, v.to(cos.dtype)), dim=1).flatten(1)
 
 
 def warm_up() -> None:

@@ -8,7 +8,8 @@ calls torch's operators: a team belongs to the thread that started it.
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from llvmlite import binding
@@ -16,6 +17,7 @@ from numba import cfunc, njit, types
 
 from hmad_kernels.cpu_common import COMPILE
 
+Body: TypeAlias = Callable[["ctypes.Array[ctypes.c_int64]"], None]  # a compiled function, as ctypes calls it
 JOB = types.void(types.CPointer(types.int64))  # signature of a body: it gets the job's words
 
 
@@ -61,7 +63,7 @@ def share_of(count):
     return count * index // size, count * (index + 1) // size
 
 
-def run(body: ctypes._CFuncPtr, words: Sequence[int], parallel: bool) -> None:
+def run(body: Body, words: Sequence[int], parallel: bool) -> None:
     """Call a compiled body of signature ``JOB``, without the GIL, here or on every thread of the team at once."""
     job = (ctypes.c_int64 * len(words))(*words)
     if parallel and _OPENMP is not None:

@@ -56,13 +56,8 @@ class Daemon:
 
     def start(self) -> None:
         options = [word for name, value in self._flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "hmad", *options],
-            cwd=ROOT,
-            env=clean_environment(),
-            stdout=self._log,
-            stderr=self._log,
-        )
+        command = [sys.executable, "-m", "hmad", *options]
+        self._process = subprocess.Popen(command, cwd=ROOT, env=clean_environment(), stdout=self._log, stderr=self._log)
 
     def wait_until(self, path: str, status: int = 200) -> Answer:
         """Ask until the answer has this status."""

@@ -17,15 +17,13 @@ NUM_OUTPUT_TOKENS = 20
 CHUNK_TOKENS = 64
 TIE = 1e-4  # two best logits of the reference closer than this may change places
 LOGITS_TOLERANCE = 1e-3
+OTHER_WAYS = {"tied": False, "rope_style": "rope_theta"}
 SHAPES: dict[str, dict[str, Any]] = {
     "group1-dim32": {"num_heads": 2, "num_kv_heads": 2, "head_dim": 32},
-    "group4-dim64-untied": {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64, "tied": False, "rope_style": "rope_theta"},
+    "group4-dim64-untied": {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64, **OTHER_WAYS},
     "group5-dim128-sharded": {"num_heads": 5, "num_kv_heads": 1, "head_dim": 128, "sharded": True},
-    "group8-dim32-untied-sharded": {
-        "num_heads": 8, "num_kv_heads": 1, "head_dim": 32, "tied": False, "sharded": True, "rope_style": "rope_theta",
-        "num_layers": 3,
-    },
-}  # fmt: skip
+    "group8-dim32-untied-sharded": {"num_heads": 8, "num_kv_heads": 1, "head_dim": 32, "sharded": True, **OTHER_WAYS},
+}
 
 Report = Callable[[str], None]
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from hmad.compute.linears import Int8Linear, make_linear, round_bfp8, round_e4m3, stacked
 from hmad.facts.errors import ModelError
 from hmad_kernels import cpu_rows
+from hmad_kernels.cpu_rows import ScaledRows, wide
 
 BF16_ULP = 2.0**-7  # spacing of bfloat16 above 1: seven fraction bits
 DTYPES = (torch.bfloat16, torch.float32)
@@ -58,7 +59,7 @@ def test_linear_equals_float64_of_the_same_numerics(precision: str, num_rows: in
     x = randn(num_rows, 96, dtype=torch.float32 if precision == "fp32" else torch.bfloat16)
     parts = [randn(48, 96, seed=1), randn(16, 96, seed=2)]
     exact = EXACT[precision](x) @ np.concatenate([EXACT[precision](part) for part in parts]).T
-    y = make_linear(precision, *parts)(x)
+    y = wide(make_linear(precision, *parts)(x))
     assert y.shape == (num_rows, 64)
     # What cancels in a float32 sum leaves its rounding behind: hence the absolute term.
     np.testing.assert_allclose(y.double().numpy(), exact, rtol=1.01 * ROUNDING[precision], atol=2e-5)
@@ -66,13 +67,13 @@ def test_linear_equals_float64_of_the_same_numerics(precision: str, num_rows: in
 
 def test_int8_takes_rows_already_quantized() -> None:
     linear, x = make_linear("int8", randn(32, 64, seed=1)), randn(5, 64)
-    assert torch.equal(linear(cpu_rows.quantize_int8(x)), linear(x))
+    assert torch.equal(wide(linear(cpu_rows.quantize_int8(x))), wide(linear(x)))
 
 
 def test_int8_sums_are_exact() -> None:
     x = torch.full((3, 4096), 127.0)
     weight = torch.where(torch.arange(4096) % 2 == 0, 127.0, -126.0).repeat(16, 1)
-    y = Int8Linear([weight])(x.bfloat16())
+    y = wide(Int8Linear([weight])(x.bfloat16()))
     assert y.unique().tolist() == [127.0 * 2048]
 
 
@@ -80,8 +81,8 @@ def test_int8_sums_are_exact() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
 def test_weights_of_every_stored_dtype_load(precision: str, dtype: torch.dtype) -> None:
     weight, x = randn(32, 64, seed=1), randn(4, 64)
-    expected = make_linear(precision, weight)(x)
-    torch.testing.assert_close(make_linear(precision, weight.to(dtype))(x), expected, atol=0.05, rtol=0)
+    expected, actual = (wide(make_linear(precision, stored)(x)) for stored in (weight, weight.to(dtype)))
+    torch.testing.assert_close(actual, expected, atol=0.05, rtol=0)
 
 
 def test_a_single_part_of_the_right_dtype_is_not_copied() -> None:
@@ -159,25 +160,29 @@ def test_fused_quantization_equals_quantization_after(dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_scale_rows(dtype: torch.dtype) -> None:
-    x, scales = randn(130, 1000, dtype=dtype), randn(130, dtype=torch.float32)
-    expected = x.clone()
-    cpu_rows.scale_rows_reference(expected, scales)
-    cpu_rows.scale_rows(x, scales)
-    assert torch.equal(x, expected)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(1, 1, 8), (5, 1, 128), (8, 2, 64)])
 def test_qk_norm_rope(dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
     qkv = randn(70, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype)
     weights = randn(head_dim, dtype=dtype, seed=1), randn(head_dim, dtype=dtype, seed=2)
-    cos_sin, expected = randn(70, head_dim, dtype=dtype, seed=3), qkv.clone()
-    cpu_rows.qk_norm_rope(qkv, *weights, cos_sin, num_heads, num_kv_heads, 1e-6)
-    cpu_rows.qk_norm_rope_reference(expected, *weights, cos_sin, num_heads, num_kv_heads, 1e-6)
-    # A rotated value is a difference of two rounded products.
-    torch.testing.assert_close(qkv, expected, rtol=0, atol=0.07 if dtype == torch.bfloat16 else 1e-5)
-    assert torch.equal(qkv[:, -num_kv_heads * head_dim :], expected[:, -num_kv_heads * head_dim :])
+    arguments = *weights, randn(70, head_dim, dtype=dtype, seed=3), num_heads, num_kv_heads, 1e-6
+    for product in (qkv, ScaledRows(qkv.clone(), randn(70, dtype=torch.float32, seed=4))):
+        expected = cpu_rows.qk_norm_rope_reference(product, *arguments)
+        actual = cpu_rows.qk_norm_rope(product, *arguments)
+        # A rotated value is a difference of two rounded products.
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0.07 if dtype == torch.bfloat16 else 2e-5)
+        untouched = num_kv_heads * head_dim
+        assert torch.equal(actual[:, -untouched:], expected[:, -untouched:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scales_of_a_product_are_applied_by_its_reader(dtype: torch.dtype) -> None:
+    x, weight = randn(70, 96, dtype=dtype), randn(96, dtype=dtype, seed=1)
+    delta = ScaledRows(randn(70, 96, dtype=dtype, seed=2), randn(70, dtype=torch.float32, seed=3))
+    expected_x = x.clone()
+    expected = cpu_rows.add_rms_norm_reference(expected_x, delta, weight, 1e-6)
+    assert_close_rows(cpu_rows.add_rms_norm(x, delta, weight, 1e-6), expected)
+    assert torch.equal(x, expected_x)
+    assert_close_rows(cpu_rows.silu_mul(delta), cpu_rows.silu_mul_reference(delta))
 
 
 def test_launchers_refuse_what_a_kernel_would_misread() -> None:

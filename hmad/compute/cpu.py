@@ -176,7 +176,9 @@ class CpuDecode:
     def _plan(self, batch: DecodeBatch) -> AttentionPlan:
         geometry = self.arena.geometry
         return AttentionPlan.build(
-            *(torch.from_numpy(x) for x in (batch.seq_segments, batch.segments, batch.block_table)),
+            torch.from_numpy(batch.seq_segments),
+            torch.from_numpy(batch.segments),
+            torch.from_numpy(batch.block_table),
             self.scratch,
             num_heads=self.model.config.num_heads,
             num_kv_heads=geometry.num_kv_heads,

@@ -6,15 +6,15 @@ are exact in bfloat16: a bfloat16 product with float32 accumulation *is* their a
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Protocol, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from hmad.facts.errors import ConfigError, ModelError
-from hmad_kernels.cpu_rows import Int8Rows, quantize_int8, scale_rows
+from hmad_kernels.cpu_rows import Int8Rows, Product, ScaledRows, quantize_int8
 
 E4M3_MAX = 448.0
 BFP8_GROUP = 16  # values that share an exponent
@@ -30,8 +30,8 @@ class Linear(Protocol):
 
     weight_bytes: int  # as held
 
-    def __call__(self, x: Activation, /) -> Tensor:
-        """x [T, K] -> [T, N]."""
+    def __call__(self, x: Any, /) -> Product:
+        """x [T, K] -> [T, N]. Every layer takes a tensor; int8 takes Int8Rows too."""
 
 
 def stacked(parts: Sequence[Tensor], dtype: torch.dtype, convert: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -42,10 +42,18 @@ def stacked(parts: Sequence[Tensor], dtype: torch.dtype, convert: Callable[[Tens
     if len(parts) == 1 and convert is None and parts[0].dtype == dtype:
         return parts[0]
     whole = torch.empty((sum(len(part) for part in parts), parts[0].shape[1]), dtype=dtype)
-    runs = [run for part in parts for run in part.split(CONVERTED_ROWS)]
-    for target, run in zip(whole.split([len(run) for run in runs]), runs, strict=True):
-        target.copy_(convert(run) if convert else run)
+    for begin, run in row_runs(parts):
+        whole[begin : begin + len(run)] = convert(run) if convert else run
     return whole
+
+
+def row_runs(parts: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows) of the stacked parts, a few rows at a time."""
+    part_begin = 0
+    for part in parts:
+        for begin in range(0, len(part), CONVERTED_ROWS):
+            yield part_begin + begin, part[begin : begin + CONVERTED_ROWS]
+        part_begin += len(part)
 
 
 class Float32Linear:
@@ -77,7 +85,12 @@ def blocked_product(weight: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda x: linear(x, weight)
     blocked = torch.ops.mkldnn._reorder_linear_weight(weight)
     run = torch.ops.mkldnn._linear_pointwise.default
-    return lambda x: run(x, blocked, None, "none", [], "")
+
+    def product(x: Tensor) -> Tensor:
+        y: Tensor = run(x, blocked, None, "none", [], "")
+        return y
+
+    return product
 
 
 class Int8Linear:
@@ -90,11 +103,11 @@ class Int8Linear:
         self._zeros = torch.zeros(len(values), dtype=torch.int32)
         self._packed = torch.ops.onednn.qlinear_prepack(values, None)
 
-    def __call__(self, x: Activation, /) -> Tensor:
+    def __call__(self, x: Activation, /) -> ScaledRows:
         rows = x if isinstance(x, Int8Rows) else quantize_int8(x)
-        y = int8_product(rows.values, self._packed, self._scales, self._zeros, torch.bfloat16)
-        scale_rows(y, rows.scales)  # torch's own mul_ would widen both operands to float32 copies first
-        return y
+        return ScaledRows(
+            int8_product(rows.values, self._packed, self._scales, self._zeros, torch.bfloat16), rows.scales
+        )
 
 
 def int8_product(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -108,11 +121,9 @@ def quantize_weight_int8(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Parts [N_i, K] -> int8 [N, K] and float32 scales [N], a run of rows at a time."""
     num_channels, k = sum(len(part) for part in parts), parts[0].shape[1]
     values, scales = torch.empty((num_channels, k), dtype=torch.int8), torch.empty(num_channels)
-    begin = 0
-    for run in (run for part in parts for run in part.split(CONVERTED_ROWS)):
+    for begin, run in row_runs(parts):
         rows = quantize_int8(run.float() if run.dtype == torch.float16 else run)
         values[begin : begin + len(run)], scales[begin : begin + len(run)] = rows
-        begin += len(run)
     return values, scales
 
 
@@ -134,7 +145,7 @@ class Float8Linear:
 
     def __init__(self, parts: Sequence[Tensor]) -> None:
         weight = stacked(parts, torch.bfloat16, lambda run: round_e4m3(run)[0])
-        self._scales = torch.cat([e4m3_scales(run) for part in parts for run in part.split(CONVERTED_ROWS)]).T  # [1, N]
+        self._scales = torch.cat([e4m3_scales(run) for _, run in row_runs(parts)]).T  # [1, N]
         self.weight_bytes = weight.nbytes + self._scales.nbytes
         self._product = blocked_product(weight)
 

@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 from hmad.compute.checkpoint import ModelConfig, Weights, open_weights, read_config
 from hmad.compute.linears import Activation, Linear, activation_dtype, make_linear
 from hmad_kernels import cpu_rows
+from hmad_kernels.cpu_rows import Product
 
 # (layer_id, q [T, H, D], k [T, Hkv, D], v [T, Hkv, D]) -> [T, H, D]. The three are views of one buffer: heads are
 # contiguous, tokens are (H + 2 Hkv) * D values apart.
@@ -21,10 +22,10 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 class RowOps:
     """What happens to rows between linear layers; another device brings its own."""
 
-    norm: Callable[[Tensor, Tensor | None, Tensor, float], Activation]  # feeds linears
-    final_norm: Callable[[Tensor, Tensor | None, Tensor, float], Tensor]  # feeds the LM head
-    silu_mul: Callable[[Tensor], Activation]
-    qk_norm_rope: Callable[[Tensor, Tensor, Tensor, Tensor, int, int, float], None]
+    norm: Callable[[Tensor, Product | None, Tensor, float], Activation]  # feeds linears
+    final_norm: Callable[[Tensor, Product | None, Tensor, float], Tensor]  # feeds the LM head
+    silu_mul: Callable[[Product], Activation]
+    qk_norm_rope: Callable[[Product, Tensor, Tensor, Tensor, int, int, float], Tensor]
 
 
 def cpu_row_ops(precision: str) -> RowOps:
@@ -102,7 +103,7 @@ class Qwen3:
         """
         residual = self._embedding.index_select(0, token_ids)  # [T, hidden]
         cos_sin = self._rope.index_select(0, positions)  # [T, D]
-        delta = None  # what the layer before adds to the residual
+        delta: Product | None = None  # what the layer before adds to the residual
         for layer_id, layer in enumerate(self._layers):
             before_layer(layer_id)
             q, k, v = self._project(layer, residual, delta, cos_sin)
@@ -111,17 +112,17 @@ class Qwen3:
         return self._rows.final_norm(residual, delta, self._final_norm, self.config.rms_norm_eps)
 
     def _project(
-        self, layer: Layer, residual: Tensor, delta: Tensor | None, cos_sin: Tensor
+        self, layer: Layer, residual: Tensor, delta: Product | None, cos_sin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         config = self.config
-        qkv = layer.qkv(self._rows.norm(residual, delta, layer.input_norm, config.rms_norm_eps))
-        num_heads, num_kv_heads = config.num_heads, config.num_kv_heads
-        self._rows.qk_norm_rope(qkv, layer.q_norm, layer.k_norm, cos_sin, num_heads, num_kv_heads, config.rms_norm_eps)
-        heads = qkv.view(len(qkv), num_heads + 2 * num_kv_heads, config.head_dim)
-        q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
-        return q, k, v
+        num_heads, num_kv_heads, eps = config.num_heads, config.num_kv_heads, config.rms_norm_eps
+        product = layer.qkv(self._rows.norm(residual, delta, layer.input_norm, eps))
+        qkv = self._rows.qk_norm_rope(product, layer.q_norm, layer.k_norm, cos_sin, num_heads, num_kv_heads, eps)
+        heads = qkv.view(len(qkv), -1, config.head_dim)  # [T, H + 2 Hkv, D]
+        num_rotated = num_heads + num_kv_heads
+        return heads[:, :num_heads], heads[:, num_heads:num_rotated], heads[:, num_rotated:]
 
-    def _mlp(self, layer: Layer, residual: Tensor, attention_out: Tensor) -> Tensor:
+    def _mlp(self, layer: Layer, residual: Tensor, attention_out: Product) -> Product:
         normed = self._rows.norm(residual, attention_out, layer.post_norm, self.config.rms_norm_eps)
         return layer.down(self._rows.silu_mul(layer.gate_up(normed)))
 

@@ -132,9 +132,10 @@ def make_identity(config: Config, model: ModelConfig, geometry: KVGeometry, max_
 def offered_formats(config: Config, geometry: KVGeometry) -> tuple[str, ...]:
     """The KV formats a prefill node sends, best first, or a decode node reads; those that this head_dim allows."""
     if config.role == "decode":
-        formats = tuple(name for name in config.accept_formats if FORMATS[name].fits(geometry.head_dim))
+        wanted = [FORMATS[name] for name in config.accept_formats]
     else:
-        formats = tuple(f.name for f in preferred_formats(config.kv_format, config.precision, geometry.head_dim))
+        wanted = preferred_formats(config.kv_format, config.precision)
+    formats = tuple(fmt.name for fmt in wanted if fmt.fits(geometry.head_dim))
     if not formats:
         raise ConfigError(
             f"none of the KV formats asked for is defined for this model's head_dim of {geometry.head_dim}"

@@ -73,10 +73,10 @@ class KVGeometry:
         return 2 * heads * fmt.panel_bytes(self.head_dim)
 
 
-def preferred_formats(kv_format: str, precision: str, head_dim: int) -> tuple[KVFormat, ...]:
-    """The formats a prefill node offers, best first: the one it was told, or its native one and every other."""
-    names = (kv_format,) if kv_format != "auto" else tuple(dict.fromkeys((NATIVE_FORMAT[precision], *FALLBACK_FORMATS)))
-    return tuple(FORMATS[name] for name in names if FORMATS[name].fits(head_dim))
+def preferred_formats(kv_format: str, precision: str) -> list[KVFormat]:
+    """The formats a prefill node would offer, best first: the one it was told, or its native one and every other."""
+    names = dict.fromkeys((NATIVE_FORMAT[precision], *FALLBACK_FORMATS)) if kv_format == "auto" else (kv_format,)
+    return [FORMATS[name] for name in names]
 
 
 def negotiate(offered: tuple[str, ...], accepted: tuple[str, ...]) -> str | None:
