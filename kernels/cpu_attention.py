@@ -6,14 +6,16 @@ begins or ends inside a (sequence, head) leaves a partial result (sum, maximum a
 the partials are merged by log-sum-exp. Softmax is online: one pass, running maximum and sum.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import cfunc, njit
 
+from hmad_kernels import cpu_team
 from hmad_kernels.cpu_common import (
     BF16,
     BF16_OVERFLOW_BITS,
@@ -33,14 +35,15 @@ from hmad_kernels.cpu_common import (
     REASSOCIATE,
     TILE_ROWS,
     TOKENS_PER_BLOCK,
+    array_at,
     bits_of,
     flat_view,
     float_of,
-    numpy_view,
     panel_bytes,
     store_f32,
     to_f32,
 )
+from hmad_kernels.cpu_team import share_of
 
 UNROLL = 4  # tokens that share one pass over a query or an accumulator; every tokens_per_block is a multiple
 ZERO = np.float32(0.0)
@@ -50,6 +53,7 @@ LN2_LOW = np.float32(-2.12194440e-4)
 EXP_MIN = np.float32(-87.0)  # below it exp is not a normal float32
 ROUND_TO_INTEGER = np.float32(12582912.0)  # 1.5 * 2^23: adding it leaves the nearest integer in the low bits
 E4M3_SUBNORMAL_STEP = np.float32(2.0**-9)
+PARALLEL_UNITS = 16  # blocks of one head: from here on more threads gain more than their start costs
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -65,21 +69,14 @@ def scratch_shape(num_threads: int, num_heads: int, num_kv_heads: int, head_dim:
 class AttentionPlan:
     """The metadata of one decode step, checked once and used by every layer.
 
-    ``seq_segments`` int32 [batch + 1] says which segments each sequence has; ``segments`` int32 [num_segments, 3] are
-    (format code, num_tokens, first index into block_table); ``block_table`` int32 holds slot ids. ``scratch`` is
-    float32 of ``scratch_shape``; its first dimension is the number of threads. Changing any of them later is a bug.
+    ``owners`` keeps alive what ``words`` holds the addresses of.
     """
 
-    seq_segments: np.ndarray
-    segments: np.ndarray
-    block_table: np.ndarray
-    scratch: np.ndarray
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    num_slots: int
-    slot_bytes: int
-    seq_units: np.ndarray  # int64 [batch + 1], units of work before each sequence
+    shape: tuple[int, int, int]  # of q and out
+    slots_shape: tuple[int, int]
+    words: tuple[int, ...]
+    parallel: bool
+    owners: tuple[torch.Tensor, ...]
 
     @classmethod
     def build(
@@ -95,48 +92,80 @@ class AttentionPlan:
         num_slots: int,
         slot_bytes: int,
     ) -> "AttentionPlan":
-        """Check everything that indexes memory; raises ValueError that says what is wrong."""
-        for name, tensor, dims in (
-            ("seq_segments", seq_segments, 1),
-            ("segments", segments, 2),
-            ("block_table", block_table, 1),
-        ):
-            if tensor.dtype != torch.int32 or tensor.dim() != dims or not tensor.is_contiguous():
-                raise ValueError(f"{name} must be contiguous int32 of {dims} dimensions")
-        if len(seq_segments) < 2 or segments.shape[1] != 3:
-            raise ValueError("seq_segments must be [batch + 1], segments [num_segments, 3]")
-        if num_heads % num_kv_heads:
-            raise ValueError(f"{num_heads} heads cannot share {num_kv_heads} KV heads evenly")
-        if slot_bytes % FACE:
-            raise ValueError(f"slot_bytes must be a multiple of {FACE}, not {slot_bytes}")
-        shape = scratch_shape(max(len(scratch), 1), num_heads, num_kv_heads, head_dim)
-        if scratch.dtype != torch.float32 or tuple(scratch.shape) != shape or not scratch.is_contiguous():
-            raise ValueError(f"scratch must be contiguous float32 {list(shape)}, not {list(scratch.shape)}")
-        metadata = (seq_segments.numpy(), segments.numpy(), block_table.numpy())
-        seq_units = np.empty(len(seq_segments), np.int64)
-        mistake = _check_metadata(*metadata, num_kv_heads, head_dim, num_slots, slot_bytes, seq_units)
+        """Check everything that indexes memory; raises ValueError that says what is wrong.
+
+        ``seq_segments`` int32 [batch + 1] says which segments each sequence has; ``segments`` int32 [num_segments, 3]
+        are (format code, num_tokens, first index into block_table); ``block_table`` int32 holds slot ids. ``scratch``
+        is float32 of ``scratch_shape``, for as many runs of work as it has rows. They must not change while the plan
+        is in use.
+        """
+        _check_plan(seq_segments, segments, block_table, scratch, num_heads, num_kv_heads, head_dim, slot_bytes)
+        seq_units = torch.empty(len(seq_segments), dtype=torch.int64)  # units of work before each sequence
+        mistake = _check_metadata(
+            seq_segments.numpy(), segments.numpy(), block_table.numpy(),
+            num_kv_heads, head_dim, num_slots, slot_bytes, seq_units.numpy(),
+        )  # fmt: skip
         if mistake:
             raise ValueError(_MISTAKES[mistake])
-        sizes = (num_heads, num_kv_heads, head_dim, num_slots, slot_bytes)
-        return cls(*metadata, scratch.numpy(), *sizes, seq_units)
+        batch = len(seq_segments) - 1
+        owners = (seq_segments, segments, block_table, seq_units, scratch)
+        words = (
+            batch, len(segments), len(block_table), *scratch.shape,
+            num_heads, num_kv_heads, head_dim, num_slots, slot_bytes,
+            *(tensor.data_ptr() for tensor in owners),
+        )  # fmt: skip
+        parallel = len(scratch) > 1 and int(seq_units[-1]) >= PARALLEL_UNITS
+        return cls((batch, num_heads, head_dim), (num_slots, slot_bytes), words, parallel, owners)
 
     def run(self, q: torch.Tensor, slots: torch.Tensor, out: torch.Tensor, sm_scale: float) -> None:
         """One layer: q and out [batch, num_heads, head_dim], slots uint8 [num_slots, slot_bytes]."""
-        shape = (len(self.seq_units) - 1, self.num_heads, self.head_dim)
-        if q.shape != shape or out.shape != shape or q.dtype != out.dtype or q.dtype not in DTYPES:
+        if q.shape != self.shape or out.shape != self.shape or q.dtype != out.dtype or q.dtype not in DTYPES:
             raise ValueError(
-                f"q and out must both be float32 or both bfloat16 {list(shape)}, "
+                f"q and out must both be float32 or both bfloat16 {list(self.shape)}, "
                 f"not {q.dtype} {list(q.shape)} and {out.dtype} {list(out.shape)}"
             )
-        if slots.shape != (self.num_slots, self.slot_bytes) or slots.dtype != torch.uint8 or slots.data_ptr() % 4:
-            raise ValueError(f"slots must be uint8 {[self.num_slots, self.slot_bytes]}, aligned to 4 bytes")
+        if slots.shape != self.slots_shape or slots.dtype != torch.uint8 or slots.data_ptr() % 4:
+            raise ValueError(f"slots must be uint8 {list(self.slots_shape)}, aligned to 4 bytes")
         if not (q.is_contiguous() and out.is_contiguous() and slots.is_contiguous()):
             raise ValueError("q, out and slots must be contiguous")
-        _attend(
-            numpy_view(q), _views(slots.numpy()),
-            self.seq_segments, self.segments, self.block_table, self.seq_units,
-            numpy_view(out), self.scratch, self.scratch.view(np.uint8), self.num_kv_heads, sm_scale,
+        job = (
+            q.dtype == torch.bfloat16, q.data_ptr(), out.data_ptr(), slots.data_ptr(),
+            _float_bits(sm_scale), *self.words,
         )  # fmt: skip
+        attend, merge = _bodies()
+        cpu_team.run(attend, job, self.parallel)
+        if len(self.owners[-1]) > 1:
+            cpu_team.run(merge, job, parallel=False)
+
+
+def _check_plan(
+    seq_segments: torch.Tensor,
+    segments: torch.Tensor,
+    block_table: torch.Tensor,
+    scratch: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    slot_bytes: int,
+) -> None:
+    metadata = (("seq_segments", seq_segments, 1), ("segments", segments, 2), ("block_table", block_table, 1))
+    for name, tensor, dims in metadata:
+        if tensor.dtype != torch.int32 or tensor.dim() != dims or not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous int32 of {dims} dimensions")
+    if len(seq_segments) < 2 or segments.shape[1] != 3:
+        raise ValueError("seq_segments must be [batch + 1], segments [num_segments, 3]")
+    if num_heads % num_kv_heads:
+        raise ValueError(f"{num_heads} heads cannot share {num_kv_heads} KV heads evenly")
+    if slot_bytes % FACE:
+        raise ValueError(f"slot_bytes must be a multiple of {FACE}, not {slot_bytes}")
+    shape = scratch_shape(max(len(scratch), 1), num_heads, num_kv_heads, head_dim)
+    if scratch.dtype != torch.float32 or tuple(scratch.shape) != shape or not scratch.is_contiguous():
+        raise ValueError(f"scratch must be contiguous float32 {list(shape)}, not {list(scratch.shape)}")
+
+
+@functools.cache
+def _float_bits(value: float) -> int:
+    return int(np.float32(value).view(np.int32))
 
 
 def _views(slots: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -267,25 +296,59 @@ def _check_metadata(seq_segments, segments, block_table, num_kv_heads, head_dim,
     return 0
 
 
-@njit(parallel=True, **COMPILE)
-def _attend(
-    q, views,
-    seq_segments, segments, block_table, seq_units,
-    out, scratch, scratch_u8, num_kv_heads, sm_scale,
-):  # fmt: skip
-    for worker in prange(scratch.shape[0]):
+@functools.cache
+def _bodies() -> tuple[cpu_team.Body, cpu_team.Body]:
+    """Attention and the merge of its partial results, compiled (or read from the cache) at the first call."""
+
+    @cfunc(cpu_team.JOB, cache=True)
+    def attend(job):
+        if job[0]:  # bfloat16 travels as its bits
+            _attend(job, np.uint16(0))
+        else:
+            _attend(job, ZERO)
+
+    @cfunc(cpu_team.JOB, cache=True)
+    def merge(job):
+        if job[0]:
+            _merge_partials(job, np.uint16(0))
+        else:
+            _merge_partials(job, ZERO)
+
+    return attend.ctypes, merge.ctypes
+
+
+@njit(**HELPER)
+def _attend(job, tag):
+    """This thread's runs of units. Words: those of AttentionPlan.run, then those of AttentionPlan.words."""
+    batch, num_heads, num_kv_heads, head_dim = job[5], job[10], job[11], job[12]
+    num_slots, slot_bytes = job[13], job[14]
+    q = array_at(job[1], (batch, num_heads, head_dim), tag)
+    out = array_at(job[2], (batch, num_heads, head_dim), tag)
+    views = (
+        array_at(job[3], (num_slots, slot_bytes), np.uint8(0)),
+        array_at(job[3], (num_slots, slot_bytes // 2), np.uint16(0)),
+        array_at(job[3], (num_slots, slot_bytes // 4), ZERO),
+        array_at(job[3], (num_slots, slot_bytes // FACE, FACE), np.uint8(0)),
+        array_at(job[3], (num_slots, slot_bytes // FACE, FACE // 4), ZERO),
+    )
+    sm_scale = float_of(job[4])
+    seq_segments = array_at(job[15], (batch + 1,), np.int32(0))
+    segments = array_at(job[16], (job[6], 3), np.int32(0))
+    block_table = array_at(job[17], (job[7],), np.int32(0))
+    seq_units = array_at(job[18], (batch + 1,), np.int64(0))
+    scratch = array_at(job[19], (job[8], job[9]), ZERO)
+    scratch_u8 = array_at(job[19], (job[8], 4 * job[9]), np.uint8(0))
+    begin, end = share_of(job[8])
+    for worker in range(begin, end):
         _run_worker(
-            np.int64(worker), q, views,
-            seq_segments, segments, block_table, seq_units,
-            out, scratch, scratch_u8, num_kv_heads, np.float32(sm_scale),
+            worker, q, views, seq_segments, segments, block_table, seq_units,
+            out, scratch, scratch_u8, num_kv_heads, sm_scale,
         )  # fmt: skip
-    _merge_partials(seq_units, out, scratch, num_kv_heads)
 
 
 @njit(**HELPER)
 def _run_worker(
-    worker, q, views,
-    seq_segments, segments, block_table, seq_units,
+    worker, q, views, seq_segments, segments, block_table, seq_units,
     out, scratch, scratch_u8, num_kv_heads, sm_scale,
 ):  # fmt: skip
     """Work through this worker's run of units, one (sequence, head) after the other."""
@@ -468,9 +531,13 @@ def _finish(acc, sums, target):
 
 
 @njit(**HELPER)
-def _merge_partials(seq_units, out, scratch, num_kv_heads):
+def _merge_partials(job, tag):
     """Merge the partial results of every (sequence, head) that a boundary between two workers' runs splits."""
-    num_workers, group, head_dim = scratch.shape[0], out.shape[1] // num_kv_heads, out.shape[2]
+    batch, num_workers, num_heads, num_kv_heads, head_dim = job[5], job[8], job[10], job[11], job[12]
+    group = num_heads // num_kv_heads
+    out = array_at(job[2], (batch, num_heads, head_dim), tag)
+    seq_units = array_at(job[18], (batch + 1,), np.int64(0))
+    scratch = array_at(job[19], (num_workers, job[9]), ZERO)
     for worker in range(num_workers - 1):
         begin, end = _share(worker, num_workers, seq_units)
         b, head, skip, blocks = _locate(min(end, seq_units[-1] - 1), seq_units, num_kv_heads)

@@ -5,8 +5,8 @@ Tensors reach numba as numpy views of the same memory; bfloat16, which numpy lac
 
 import numpy as np
 import torch
-from numba import njit, types
-from numba.extending import overload, register_jitable
+from numba import carray, njit, types
+from numba.extending import intrinsic, overload, register_jitable
 
 # Compiled once per machine into __pycache__ (scripts/setup warms it up); nogil so that the event loop's thread runs on.
 COMPILE = {"cache": True, "nogil": True, "boundscheck": False, "error_model": "numpy"}
@@ -36,6 +36,22 @@ def numpy_view(tensor: torch.Tensor) -> np.ndarray:
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.view(torch.uint16)
     return tensor.detach().numpy()
+
+
+@intrinsic
+def pointer(typingctx, address, tag):
+    """A typed pointer of an address; the element type is that of ``tag``."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(tag)(address, tag), codegen
+
+
+@njit(forceinline=True, **(HELPER | {"_nrt": True}))
+def array_at(address, shape, tag):
+    """The memory at an address, which somebody else owns, as an array of the type of ``tag``."""
+    return carray(pointer(address, tag), shape)
 
 
 def flat_view(tensor: torch.Tensor) -> np.ndarray:

@@ -4,10 +4,13 @@ One launch encodes K and V of all heads; the format is a branch on one panel's r
 The reference twin is ``hmad.compute.codecs.encode``, which kernels must not import: the tests compare the two.
 """
 
+import functools
+
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import cfunc, njit
 
+from hmad_kernels import cpu_team
 from hmad_kernels.cpu_common import (
     BF16,
     BF16_OVERFLOW_BITS,
@@ -25,14 +28,16 @@ from hmad_kernels.cpu_common import (
     MXFP8,
     TILE_ROWS,
     TOKENS_PER_BLOCK,
+    array_at,
     bits_of,
     f32_to_bf16,
-    flat_view,
     float_of,
     panel_bytes,
     to_f32,
 )
+from hmad_kernels.cpu_team import share_of
 
+PARALLEL_VALUES = 1 << 14  # from here on more threads gain more than their start costs
 SMALLEST_NORMAL = np.float32(2.0**-126)
 ONE = np.float32(1.0)
 INT8_MAX = np.float32(127.0)
@@ -55,14 +60,14 @@ def pack_blocks(format_name: str, k: torch.Tensor, v: torch.Tensor, out: torch.T
     """
     code = _check(format_name, k, v, out)
     num_tokens, num_heads, head_dim = k.shape
-    raw = out.numpy()
-    bad = np.zeros(num_tokens, np.uint8)
-    _pack(
-        code, flat_view(k), flat_view(v), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        num_tokens, num_heads, head_dim,
-        (raw, raw.view(np.uint16), raw.view(np.uint32)), bad,
+    bad = torch.zeros(num_tokens, dtype=torch.uint8)
+    job = (
+        k.dtype == torch.bfloat16, code, num_tokens, num_heads, head_dim, *out.shape,
+        k.data_ptr(), v.data_ptr(), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        out.data_ptr(), bad.data_ptr(),
     )  # fmt: skip
-    return tuple(bad.nonzero()[0].tolist()) if bad.any() else ()
+    cpu_team.run(_body(), job, parallel=k.numel() >= PARALLEL_VALUES)
+    return tuple(bad.nonzero().flatten().tolist()) if bad.any() else ()
 
 
 def _check(format_name: str, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> int:
@@ -88,31 +93,49 @@ def _check(format_name: str, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
     return code
 
 
-@njit(parallel=True, **COMPILE)
-def _pack(
-    code, k, v, k_token_stride, k_head_stride, v_token_stride, v_head_stride,
-    num_tokens, num_heads, head_dim,
-    views, bad,
-):  # fmt: skip
+@functools.cache
+def _body() -> cpu_team.Body:
+    """The kernel for both element types, compiled (or read from the cache) at the first call."""
+
+    @cfunc(cpu_team.JOB, cache=True)
+    def pack(job):
+        if job[0]:  # bfloat16 travels as its bits
+            _pack(job, np.uint16(0))
+        else:
+            _pack(job, np.float32(0))
+
+    entry: cpu_team.Body = pack.ctypes
+    return entry
+
+
+@njit(**COMPILE)
+def _pack(job, tag):
+    """This thread's share of the panels. Words: those of pack_blocks."""
+    code, num_tokens, num_heads, head_dim, num_blocks, block_bytes = job[1], job[2], job[3], job[4], job[5], job[6]
     tokens_per_block = TOKENS_PER_BLOCK[code]
     size = panel_bytes(code, head_dim)
+    out_u8 = array_at(job[13], (num_blocks, block_bytes), np.uint8(0))
+    out_u16 = array_at(job[13], (num_blocks, block_bytes // 2), np.uint16(0))
+    out_u32 = array_at(job[13], (num_blocks, block_bytes // 4), np.uint32(0))
+    bad = array_at(job[14], (num_tokens,), np.uint8(0))
     limit = BF16_OVERFLOW_BITS if code == BF16 else INFINITY_BITS
-    for panel in prange(views[0].shape[0] * num_heads * 2):
+    row = np.empty(head_dim, np.uint32)  # one token's values, as float32 bits
+    spare = np.empty(head_dim, np.uint32)
+    first_panel, end_panel = share_of(num_blocks * num_heads * 2)
+    for panel in range(first_panel, end_panel):
         block, head, is_v = panel // (2 * num_heads), (panel // 2) % num_heads, panel % 2
+        source, token_stride, head_stride = job[7 + is_v], job[9 + 2 * is_v], job[10 + 2 * is_v]
+        values = array_at(source, ((num_tokens - 1) * token_stride + (num_heads - 1) * head_stride + head_dim,), tag)
         begin, end = (2 * head + is_v) * size, (2 * head + is_v + 1) * size
-        target_u8 = views[0][block, begin:end]
-        target_u16 = views[1][block, begin // 2 : end // 2]
-        target_u32 = views[2][block, begin // 4 : end // 4]
-        row = np.empty(head_dim, np.uint32)  # one token's values, as float32 bits
-        spare = np.empty(head_dim, np.uint32)
+        target_u8 = out_u8[block, begin:end]
+        target_u16 = out_u16[block, begin // 2 : end // 2]
+        target_u32 = out_u32[block, begin // 4 : end // 4]
         for t in range(tokens_per_block):
             token = block * tokens_per_block + t
             if token >= num_tokens:
                 _fill(row, np.uint32(0))
-            elif is_v:
-                _load_row(v, token * v_token_stride + head * v_head_stride, row)
             else:
-                _load_row(k, token * k_token_stride + head * k_head_stride, row)
+                _load_row(values, token * token_stride + head * head_stride, row)
             peak = _peak(row)
             if peak >= limit:
                 bad[token] = 1

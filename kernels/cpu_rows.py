@@ -110,8 +110,8 @@ def exp_f32(x):
     x = min(max(x, np.float32(-87.0)), np.float32(87.0))
     n = np.rint(x * LOG2_E)
     r = x - n * LN_2
-    p = np.float32(1 / 5040)
-    for coefficient in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0):
+    p = np.float32(1 / 720)
+    for coefficient in (1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0):
         p = p * r + np.float32(coefficient)
     return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
 
@@ -146,7 +146,7 @@ def norm_row(x, base, weight, n, eps, scale, row):
         row[c] = rounded(rounded(load(x, base + c) * inverse, x) * load(weight, c), x)
 
 
-@njit(**COMPILE)
+@njit(fastmath={"contract"}, **COMPILE)
 def silu_mul_row(gate_up, base, n, scale, row):
     for c in range(n):
         gate = load(gate_up, base + c) * scale
@@ -272,8 +272,7 @@ def _body() -> cpu_team.Body:
         else:
             _run_share(job, np.float32(0))
 
-    entry: cpu_team.Body = body.ctypes
-    return entry
+    return cpu_team.Body(body.ctypes, body.address)
 
 
 # --- checked launchers ------------------------------------------------------------------------------------------------

@@ -9,16 +9,22 @@ calls torch's operators: a team belongs to the thread that started it.
 import ctypes
 import os
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import NamedTuple
 
 import torch
-from llvmlite import binding
+from llvmlite import binding  # type: ignore[import-untyped]
 from numba import cfunc, njit, types
 
 from hmad_kernels.cpu_common import COMPILE
 
-Body: TypeAlias = Callable[["ctypes.Array[ctypes.c_int64]"], None]  # a compiled function, as ctypes calls it
 JOB = types.void(types.CPointer(types.int64))  # signature of a body: it gets the job's words
+
+
+class Body(NamedTuple):
+    """A function compiled with the signature ``JOB``: as ctypes calls it, and where it is."""
+
+    call: Callable[["ctypes.Array[ctypes.c_int64]"], None]
+    address: int
 
 
 def _torch_openmp() -> ctypes.CDLL | None:
@@ -67,6 +73,6 @@ def run(body: Body, words: Sequence[int], parallel: bool) -> None:
     """Call a compiled body of signature ``JOB``, without the GIL, here or on every thread of the team at once."""
     job = (ctypes.c_int64 * len(words))(*words)
     if parallel and _OPENMP is not None:
-        _OPENMP.GOMP_parallel(ctypes.cast(body, ctypes.c_void_p), ctypes.addressof(job), torch.get_num_threads(), 0)
+        _OPENMP.GOMP_parallel(body.address, ctypes.addressof(job), torch.get_num_threads(), 0)
     else:
-        body(job)
+        body.call(job)

@@ -1,7 +1,7 @@
 """One chat request through a prefill daemon and a decode daemon on this machine, and what happened to it.
 
-Starts both with the embedded checkpoint, streams the answer as it comes, shows for each layer when it was computed and
-when its KV was on the wire, what that cost in bytes and time, and stops both. Speaks HTTP by the standard library alone.
+Starts both with the embedded checkpoint, streams the answer as it comes, shows for each layer when it was computed
+and when its KV was on the wire, what that cost in bytes and time, and stops both. Needs only the standard library.
 """
 
 import argparse
@@ -39,7 +39,7 @@ PICTURE_CHARS = 64
 
 QUESTION = "What does os.path.join do?"
 SYSTEM = "You explain Python and its standard library."
-EARLIER_MODULES = ("shutil", "heapq", "textwrap", "random", "bisect", "argparse")  # about 1,000 tokens of docstrings
+EARLIER_MODULES = ("shutil", "heapq", "textwrap", "random")  # about 1,000 tokens of docstrings
 
 
 class DemoError(Exception):
@@ -268,15 +268,15 @@ def show_layers(spans: Sequence[LayerSpan]) -> None:
     token_0 = spans[-1].computed
     end = max(token_0, *(span.verified for span in spans))
     step = end / PICTURE_CHARS
-    print(f"  layer   compute      wire   KV bytes   0 ms{f'{end:.1f} ms':>{PICTURE_CHARS - 2}}")
+    print(f"  layer   compute      wire   KV bytes   0 ms{f'{end:.1f} ms':>{PICTURE_CHARS - 4}}")
     for number, span in enumerate(spans):
         picture = "".join(span.mark(i * step, (i + 1) * step) for i in range(PICTURE_CHARS))
         compute, wire = span.computed - span.begins, span.verified - span.sent
         print(f"  {number:5}  {compute:5.1f} ms  {wire:5.1f} ms  {span.num_bytes:9,}  |{picture}|")
     caret = " " * min(PICTURE_CHARS - 1, int(token_0 / step))
-    print(f"{'':42}{caret}^ token 0 sampled at {token_0:.1f} ms")
+    print(f"{'':41}{caret}^ token 0 sampled at {token_0:.1f} ms")
     print("  # the layer computes   - its KV is on the wire   + both at once")
-    print(f"  The KV plane is capped at {STREAM_RATE}B/s for this demo; on loopback its way would be too short to see.")
+    print(f"  KV is sent at no more than {STREAM_RATE}iB/s for this demo (--stream-rate): loopback is too fast to see.")
 
 
 def show_overlap(timeline: Any) -> None:
@@ -299,8 +299,9 @@ def show_bytes(timeline: Any, decode_status: Any, geometry: KVGeometry) -> None:
     if prompt_slots <= 0:
         print("  arena       the answer was over before one could look")
         return
-    per_token, bf16_per_token = (n * arena["slot_bytes"] / num_tokens for n in (prompt_slots, bf16.num_blocks(num_tokens)))
-    print(f"  arena       {prompt_slots} slots x {arena['slot_bytes']:,} bytes: {per_token:,.0f} per prompt token, raw as sent")
+    slot_bytes = arena["slot_bytes"]  # of all layers
+    per_token, bf16_per_token = (n * slot_bytes / num_tokens for n in (prompt_slots, bf16.num_blocks(num_tokens)))
+    print(f"  arena       {prompt_slots} slots of {slot_bytes:,} bytes: {per_token:,.0f} per prompt token, raw as sent")
     print(f"              (bf16: {bf16_per_token:,.0f}); {answer_slots} more slots are kept for the answer, in bf16")
 
 
@@ -339,11 +340,11 @@ def demo(arguments: argparse.Namespace, logs: Path) -> None:
 
 def make_daemons(arguments: argparse.Namespace, logs: Path) -> tuple[Daemon, Daemon]:
     stream_port = pick_port(7700)
-    decode_options = ("--stream-port", str(stream_port), "--precision", "bf16", "--arena-bytes", "256M")
-    prefill_options = ("--peer", f"{HOST}:{stream_port}", "--precision", arguments.precision)
-    prefill_options += ("--kv-format", arguments.kv_format, "--stream-rate", STREAM_RATE)
-    decode = Daemon("decode", pick_port(8001), logs, decode_options)
-    return decode, Daemon("prefill", pick_port(8000), logs, prefill_options)
+    landing = ["--stream-port", str(stream_port), "--precision", "bf16", "--arena-bytes", "256M"]
+    sending = ["--peer", f"{HOST}:{stream_port}", "--kv-format", arguments.kv_format, "--stream-rate", STREAM_RATE]
+    computing = ["--precision", arguments.precision]
+    decode = Daemon("decode", pick_port(8001), logs, landing)
+    return decode, Daemon("prefill", pick_port(8000), logs, computing + sending)
 
 
 def ask_and_show(question: str, decode: Daemon, prefill: Daemon) -> None:
@@ -370,9 +371,8 @@ def ask_and_show(question: str, decode: Daemon, prefill: Daemon) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="demo", description=__doc__, allow_abbrev=False)
     parser.add_argument("--precision", choices=tuple(NATIVE_FORMAT), default="int8", help="of prefill (default: int8)")
-    parser.add_argument(
-        "--kv-format", choices=("auto", *FORMATS), default="auto", help="on the wire (default: auto, the precision's own)"
-    )
+    formats = ("auto", *FORMATS)
+    parser.add_argument("--kv-format", choices=formats, default="auto", help="default: auto, the precision's own")
     parser.add_argument("--prompt", default=QUESTION, help=f"the question (default: {QUESTION})")
     return parser.parse_args()
 

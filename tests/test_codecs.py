@@ -92,6 +92,15 @@ def test_mxfp8_decodes_the_golden_vectors(head_dim: int) -> None:
     np.testing.assert_array_equal(decode_k(MXFP8, panels, head_dim), values.reshape(-1, head_dim))
 
 
+def test_mxfp8_holds_values_down_to_its_smallest_scale() -> None:
+    values = torch.zeros(32, 64)
+    values[0, :3] = torch.tensor([448.0, -1.5, 2.0**-9]) * 2.0**-127
+    panels = encode_k(MXFP8, values)
+    assert not panels[0, 32 * 64 :].any()
+    assert panels[0, :3].tolist() == [0x7E, 0xBC, 0x01]
+    np.testing.assert_array_equal(decode_k(MXFP8, panels, 64), values.numpy())
+
+
 def test_bfp8_reads_magnitudes_that_are_not_normalised() -> None:
     tiles = np.random.default_rng(0).integers(0, 256, (2, 1088), dtype=np.uint8)
     tiles[0, :64] = np.arange(64)  # down to scales that are subnormal

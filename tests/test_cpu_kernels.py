@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 import pytest
 import torch
@@ -29,10 +28,8 @@ Segments = list[tuple[str, int]]  # format name, num_tokens
 
 @pytest.fixture(autouse=True)
 def two_threads() -> Iterator[None]:
-    """Two for the kernels; torch, whose tensors here are tiny, does better with one."""
-    numba.set_num_threads(min(2, numba.config.NUMBA_NUM_THREADS))
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
 
@@ -247,11 +244,34 @@ def test_nothing_in_scratch_survives_a_launch() -> None:
     assert torch.equal(case.run(), first)
 
 
-def test_large_scores_do_not_overflow() -> None:
-    case = paged([[("fp32", 40)], [("bf16", 100)]], 64, 2)
+@pytest.mark.parametrize("num_threads", [1, 2, 7])
+def test_large_scores_do_not_overflow(num_threads: int) -> None:
+    case = paged([[("fp32", 40)], [("bf16", 100)]], 64, 2, num_threads=num_threads)
     case.q *= 500
     assert error(case) < 1e-4
     assert case.out.isfinite().all()
+
+
+@pytest.mark.parametrize("raw", ["int8", "fp8_e4m3", "mxfp8", "bfp8"])
+def test_one_token_returns_its_v_exactly(raw: str) -> None:
+    """Whatever the bytes: E4M3 subnormals, scales that are subnormal, magnitudes that are not normalised."""
+    case = paged([[(raw, 1)]], 128, 1)
+    panel_size, code = FORMATS[raw].panel_bytes(128), FORMAT_NAMES.index(raw)
+    slot = case.slots[int(case.block_table[0])]
+    rng = np.random.default_rng(code)
+    for scale_byte in (0, 1, 5, 6, 7, 8, 100, 127, 200):
+        slot[: 4 * panel_size] = 0  # K: every score is 0
+        for v in (slot[panel_size : 2 * panel_size], slot[3 * panel_size : 4 * panel_size]):
+            v[:] = torch.from_numpy(rng.integers(0, 256, panel_size, dtype=np.uint8) & 0xBF)
+            if raw == "mxfp8":
+                v[32 * 128 :] = scale_byte
+            elif raw == "bfp8":
+                v.view(4, 1088)[:, :64] = scale_byte
+            else:
+                v[32 * 128 :] = torch.tensor([2.0 ** (scale_byte - 126)]).view(torch.uint8).repeat(32)
+        _, v_decoded = decode(FORMATS[raw], slot.unsqueeze(0), 1, NUM_KV_HEADS, 128)
+        assert torch.equal(case.run(), v_decoded)
+        assert v_decoded.any()
 
 
 @pytest.mark.parametrize("raw", ["int8", "fp8_e4m3", "mxfp8", "bfp8", "bf16", "fp32"])

@@ -20,8 +20,9 @@ from hmad.facts.formats import FORMATS, KVGeometry
 NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM = 2, 2, 64
 GEOMETRY = KVGeometry(NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM)
 PROMPT = list(range(200))
-# Relative error of the logits against fp32 KV of fp32 linears: what a precision costs, and what a format adds.
-PRECISION_ERRORS = {"fp32": 1e-4, "bf16": 0.012, "int8": 0.03, "fp8": 0.06, "bfp8": 0.035}
+# Relative error of the logits against fp32 KV of fp32 linears: what a precision costs, and what a format adds. Half
+# again as much as measured; a wrong scale, or panels, heads, tokens or dims in the wrong place, make 0.35 to 1.6.
+PRECISION_ERRORS = {"fp32": 1e-4, "bf16": 0.012, "int8": 0.03, "fp8": 0.1, "bfp8": 0.035}
 FORMAT_ERRORS = {"fp32": 0.0, "bf16": 0.003, "int8": 0.01, "fp8_e4m3": 0.04, "mxfp8": 0.05, "bfp8": 0.012}
 
 
@@ -101,7 +102,7 @@ def test_logits_of_every_format(
             for name, prefill in prefills.items()
         }
         formats = {node["format"] for node in exact_decode.status["prefill_nodes"]}
-    print(precision, errors)
+    print(precision, errors)  # shown when the test fails
     assert formats == set(FORMATS)
     bounds = {name: PRECISION_ERRORS[precision] + FORMAT_ERRORS[name] for name in FORMATS}
     assert {name: error for name, error in errors.items() if error > bounds[name]} == {}
@@ -252,11 +253,13 @@ def test_nodes_are_many_to_many(model: Path) -> None:
     both = PrefillDaemon(model, [small, large])
     other = PrefillDaemon(model, [large])
     with running(small, large, both, other), ThreadPoolExecutor(2) as clients:
+        both.complete(PROMPT, max_tokens=2)
+        assert [small.status["output_tokens"], large.status["output_tokens"]] == [0, 1]  # the emptier one
         answers = list(clients.map(lambda _: both.complete(**request), range(2)))
         assert [len(answer.choices[0]["token_ids"]) for answer in answers] == [400, 400]
-        assert [small.status["output_tokens"], large.status["output_tokens"]] == [399, 399]
+        assert [small.status["output_tokens"], large.status["output_tokens"]] == [399, 1 + 399]
         assert other.complete(**request).status == 200
-        assert large.status["output_tokens"] == 2 * 399
+        assert large.status["output_tokens"] == 1 + 2 * 399
         assert len(large.status["prefill_nodes"]) == 2
         small.wait_until_empty()
         large.wait_until_empty()

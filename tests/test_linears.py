@@ -91,7 +91,7 @@ def test_a_single_part_of_the_right_dtype_is_not_copied() -> None:
 
 
 def test_bfp8_needs_whole_groups() -> None:
-    with pytest.raises(ModelError, match="multiple of 16"):
+    with pytest.raises(ModelError, match="16 divides"):
         make_linear("bfp8", randn(4, 24))
 
 

@@ -89,8 +89,7 @@ class Arena:
         stride = geometry.slot_bytes
         offset, size = geometry.block_bytes(fmt, first_head), geometry.block_bytes(fmt, num_heads)
         base = layer_id * self.num_slots * stride + offset
-        starts = [base + int(slot) * stride for slot in slots]
-        return [self._bytes_view[start:end] for start, end in merge_runs(starts, size)]
+        return [self._bytes_view[start:end] for start, end in merge_runs(base + slots.astype(np.int64) * stride, size)]
 
     def check_integrity(self, owners: Iterable[np.ndarray]) -> None:
         """Raise LocalError unless the reference counts are exactly those of the given owners' slots."""
@@ -104,12 +103,9 @@ class Arena:
             )
 
 
-def merge_runs(starts: Sequence[int], size: int) -> list[tuple[int, int]]:
+def merge_runs(starts: np.ndarray, size: int) -> list[tuple[int, int]]:
     """Join [start, start + size) ranges that touch, keeping their order."""
-    merged: list[tuple[int, int]] = []
-    for start in starts:
-        if merged and merged[-1][1] == start:
-            merged[-1] = (merged[-1][0], start + size)
-        else:
-            merged.append((start, start + size))
-    return merged
+    breaks = np.flatnonzero(np.diff(starts) != size)
+    firsts = starts[np.concatenate(([0], breaks + 1))]
+    lasts = starts[np.concatenate((breaks, [len(starts) - 1]))]
+    return list(zip(firsts.tolist(), (lasts + size).tolist(), strict=True))

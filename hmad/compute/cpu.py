@@ -136,8 +136,8 @@ class PackedChunks:
 
 def non_finite(layer_id: int, position: int) -> NonFiniteKVError:
     return NonFiniteKVError(
-        f"K or V of layer {layer_id} at position {position} is NaN or infinite: the prompt cannot be encoded. "
-        "If other prompts fail too, the weights or this precision are at fault",
+        f"K or V of layer {layer_id} at position {position} is NaN or infinite and cannot be stored. "
+        "If other requests fail too, the weights or this precision are at fault",
         (position,),
     )
 
@@ -157,15 +157,18 @@ class CpuDecode:
         """Feed each sequence's newest token, append its KV to the tail, attend over all segments, sample."""
         plan = self._plan(batch)
         tail_slots, tail_offsets = (torch.from_numpy(x) for x in batch.tail_places)
+        errors: dict[int, HmadError] = {}
 
         def attend(layer_id: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             slots = self.arena.layer(layer_id)
-            append_kv(k, v, slots, tail_slots, tail_offsets, self._tail_format.name)
+            for row in append_kv(k, v, slots, tail_slots, tail_offsets, self._tail_format.name):
+                errors.setdefault(row, non_finite(layer_id, int(batch.positions[row])))
             return self.attend(plan, q, slots)
 
         token_ids, positions = torch.from_numpy(batch.newest_tokens), torch.from_numpy(batch.positions)
         logits = self.model.logits(self.model.forward(token_ids, positions, attend))  # float32 [B, vocab]
-        return list(sample(logits, [sampler_input(sequence) for sequence in batch.sequences]))
+        outcomes = sample(logits, [sampler_input(sequence) for sequence in batch.sequences])
+        return [errors.get(row, outcome) for row, outcome in enumerate(outcomes)]
 
     def attend(self, plan: AttentionPlan, q: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         """One layer's attention over every segment: q [B, num_heads, head_dim], slots [num_slots, slot_bytes]."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from hmad.compute.arena import Arena
 from hmad.compute.sequence import DecodeSequence, Segment
-from hmad.facts.errors import RemoteProtocolError
+from hmad.facts.errors import HmadError, NonFiniteKVError, NonFiniteLogitsError, RemoteProtocolError
 from hmad.facts.formats import FORMATS, KVFormat
 from hmad.facts.sampling import SamplingParams
 from hmad.roles.engines import DecodeEngine, StepOutput
@@ -187,7 +187,7 @@ class DecodeRole:
             if output.error is not None or output.finish_reason is not None:
                 self._leave_engine(transfer, choice, output.sequence)
             if output.error is not None:
-                self._fail(transfer, holding, str(output.error))
+                self._fail(transfer, holding, output.error)
             elif not transfer.over and holding.session.is_open:
                 by_session[holding.session].append(self._entry(transfer, choice, output))
         self.num_tokens += sum(len(entries) for entries in by_session.values())
@@ -206,11 +206,12 @@ class DecodeRole:
         )
         return entry, extras
 
-    def _fail(self, transfer: DecodeTransfer, holding: Holding, message: str) -> None:
+    def _fail(self, transfer: DecodeTransfer, holding: Holding, error: HmadError) -> None:
         """One choice cannot go on, so the request cannot: end the transfer, and with it the other choices."""
         self.num_failed += 1
-        log.error("transfer %s: %s", transfer.transfer_id.hex(), message)
-        holding.session.abort(transfer, AbortReason.INTERNAL, message)
+        log.error("transfer %s: %s", transfer.transfer_id.hex(), error)
+        non_finite = isinstance(error, NonFiniteKVError | NonFiniteLogitsError)
+        holding.session.abort(transfer, AbortReason.NON_FINITE if non_finite else AbortReason.INTERNAL, str(error))
 
     def _leave_engine(self, transfer: DecodeTransfer, choice: int, sequence: DecodeSequence) -> None:
         del self._of_sequence[sequence]

@@ -46,7 +46,7 @@ class BulkSender:
         """Send until cancelled or the connection breaks (OSError)."""
         try:
             while True:
-                await self._send(await self._queue.get())
+                await self._send(await self._next())
         finally:
             self.close()
 
@@ -57,6 +57,13 @@ class BulkSender:
         while not self._queue.empty():
             self._queue.get_nowait().sent()
 
+    async def _next(self) -> OutgoingLayer:
+        was_idle = self._queue.empty()
+        layer = await self._queue.get()
+        if was_idle:
+            self._pacer.skip_idle()
+        return layer
+
     async def _send(self, layer: OutgoingLayer) -> None:
         try:
             if layer.begin():
@@ -65,9 +72,19 @@ class BulkSender:
             layer.sent()
 
     async def _send_bytes(self, header: bytes, payload: memoryview) -> None:
-        """``sock_sendall`` returns when the kernel has every byte: nothing of the payload is copied by us."""
-        loop = asyncio.get_running_loop()
-        await loop.sock_sendall(self._sock, header)
+        """Return when the kernel has every byte: nothing of the payload is copied by us."""
         for piece in self._pacer.slices(payload):
             await self._pacer.wait_turn(piece.nbytes)
-            await loop.sock_sendall(self._sock, piece)
+            await self._send_together(header, piece)
+            header = b""
+
+    async def _send_together(self, *parts: bytes | memoryview) -> None:
+        """A frame's header costs no call of its own as long as the kernel has room for it."""
+        try:
+            num_sent = self._sock.sendmsg(parts)
+        except BlockingIOError:
+            num_sent = 0
+        for part in parts:
+            if num_sent < len(part):
+                await asyncio.get_running_loop().sock_sendall(self._sock, part[num_sent:])
+            num_sent = max(0, num_sent - len(part))

@@ -338,7 +338,8 @@ class DecodeSession:
             log.warning("prefill node %s: a digest is wrong, the transfer was aborted", self.name)
             if self._strikes.add(time.monotonic()):
                 raise RemoteProtocolError("three wrong digests within a minute: the link damages bytes")
-        self._settle()
+        if outcome.verdict is not Verdict.WAITING:  # most LAYERs: nothing is given back, the load is the same
+            self._settle()
 
     def _cancel(self, message: Cancel) -> None:
         transfer = next((t for t in self.transfers.live() if t.transfer_id == message.transfer_id), None)

@@ -12,7 +12,11 @@ MAX_LATENESS_S = 0.02
 
 
 class Pacer:
-    """Spaces slices so that their average rate stays at ``rate`` bytes/s; None means no limit."""
+    """Spaces slices so that their average rate stays at ``rate`` bytes/s; None means no limit.
+
+    A slice leaves when its time at that rate has passed, so that the last byte comes when a link of that speed
+    would have brought it.
+    """
 
     def __init__(self, rate: float | None) -> None:
         self._rate = rate
@@ -23,12 +27,15 @@ class Pacer:
         step = len(view) if self._rate is None else max(MIN_SLICE_BYTES, int(self._rate * SLICE_S))
         return (view[start : start + step] for start in range(0, len(view), max(step, 1)))
 
+    def skip_idle(self) -> None:
+        """Nothing was to be sent until now: that time is gone, not saved up for a burst."""
+        self._next_s = max(self._next_s, time.monotonic())
+
     async def wait_turn(self, num_bytes: int) -> None:
-        """Return when ``num_bytes`` may be sent. Idle time is not saved up for a later burst."""
+        """Return when ``num_bytes`` may be sent."""
         if self._rate is None:
             return
         now = time.monotonic()
-        start = max(self._next_s, now - MAX_LATENESS_S)
-        self._next_s = start + num_bytes / self._rate
-        if start > now:
-            await asyncio.sleep(start - now)
+        self._next_s = max(self._next_s, now - MAX_LATENESS_S) + num_bytes / self._rate
+        if self._next_s > now:
+            await asyncio.sleep(self._next_s - now)

@@ -23,11 +23,14 @@ DIGEST_NONE = "none"
 _FIXED = struct.Struct("<4sBBHIQ")  # magic, protocol version, frame type, flags, header_len, payload_len
 _CHECKSUM = struct.Struct("<I")  # xxh32, seed 0, of the fixed fields and the header
 PREFIX_BYTES = _FIXED.size + _CHECKSUM.size
+# A payload is received in parts that are still in the processor's cache when they are digested.
+MAX_PART_BYTES = int(__import__("os").environ.get("PART", 512 << 10))
 
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODERS: dict[FrameType, msgspec.msgpack.Decoder[Any]] = {
     frame_type: msgspec.msgpack.Decoder(struct_type) for frame_type, struct_type in STRUCT_OF.items()
 }
+_TYPES = {int(frame_type): frame_type for frame_type in FrameType}
 
 Place = Callable[[Layer, int], Sequence[memoryview]]
 
@@ -88,7 +91,7 @@ class FrameReader:
 
     def get_buffer(self) -> memoryview:
         """Where the next bytes go. No side effects; never empty."""
-        return self._part
+        return self._part[:MAX_PART_BYTES]
 
     def advance(self, nbytes: int) -> Received | None:
         """``nbytes`` have been received into ``get_buffer()``. Returns the frame that they complete, if they do.
@@ -152,9 +155,9 @@ class FrameReader:
         self._expect(memoryview(self._header), self._header_done)
 
     def _check_type(self, type_id: int) -> FrameType:
-        if type_id not in STRUCT_OF:
+        frame_type = _TYPES.get(type_id)
+        if frame_type is None:
             raise RemoteProtocolError(f"unknown frame type {type_id}")
-        frame_type = FrameType(type_id)
         if frame_type not in (bounds.FRAMES_AFTER_AUTH if self.authenticated else bounds.FRAMES_BEFORE_AUTH):
             when = "after" if self.authenticated else "before"
             raise RemoteProtocolError(f"{frame_type.name} may not come {when} the peer is authenticated")
