@@ -6,10 +6,12 @@ begins or ends inside a (sequence, head) leaves a partial result (sum, maximum a
 the partials are merged by log-sum-exp. Softmax is online: one pass, running maximum and sum.
 """
 
+import ctypes
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,7 +39,6 @@ from hmad_kernels.cpu_common import (
     TOKENS_PER_BLOCK,
     array_at,
     bits_of,
-    flat_view,
     float_of,
     panel_bytes,
     store_f32,
@@ -63,6 +64,14 @@ def scratch_shape(num_threads: int, num_heads: int, num_kv_heads: int, head_dim:
     panel = MAX_TOKENS_PER_BLOCK * head_dim
     token = head_dim + head_dim // 4  # one token's scales, and its bytes where they are not contiguous
     return num_threads, panel + token + group * (MAX_TOKENS_PER_BLOCK + head_dim + 2 * (head_dim + 2))
+
+
+class Bodies(NamedTuple):
+    """The compiled entries of this file."""
+
+    attend: cpu_team.Body
+    merge: cpu_team.Body  # of attention's partial results, afterwards
+    append: cpu_team.Body
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,10 +141,10 @@ class AttentionPlan:
             q.dtype == torch.bfloat16, q.data_ptr(), out.data_ptr(), slots.data_ptr(),
             _float_bits(sm_scale), *self.words,
         )  # fmt: skip
-        attend, merge = _bodies()
-        cpu_team.run(attend, job, self.parallel)
+        bodies = _bodies()
+        cpu_team.run(bodies.attend, job, self.parallel)
         if len(self.owners[-1]) > 1:
-            cpu_team.run(merge, job, parallel=False)
+            cpu_team.run(bodies.merge, job, parallel=False)
 
 
 def _check_plan(
@@ -166,12 +175,6 @@ def _check_plan(
 @functools.cache
 def _float_bits(value: float) -> int:
     return int(np.float32(value).view(np.int32))
-
-
-def _views(slots: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The slots as uint8, uint16 and float32, and in rows of 16 bytes as uint8 and float32."""
-    rows = slots.reshape(len(slots), -1, FACE)
-    return slots, slots.view(np.uint16), slots.view(np.float32), rows, rows.view(np.float32)
 
 
 def paged_decode_attention(
@@ -248,16 +251,20 @@ def append_kv(
         raise ValueError("slots must be contiguous uint8 [num_slots, slot_bytes], aligned to 4 bytes")
     if slots.shape[1] % FACE or slots.shape[1] < 64 * k.shape[1] * k.shape[2]:
         raise ValueError(f"a block of {format_name} does not fit into slots of {slots.shape[1]} bytes")
-    bad = np.zeros(len(k), np.uint8)
-    num_bad = _append(
-        FORMAT_NAMES.index(format_name), flat_view(k), flat_view(v), (*k.stride()[:2], *v.stride()[:2]),
-        k.shape[1], k.shape[2], _views(slots.numpy()), slot_ids.numpy(), offsets.numpy(), bad,
+    batch = len(k)
+    report = (ctypes.c_uint8 * (batch + 1))()  # whether a row is bad, for each; then one of _ALL_WELL .. _OUTSIDE
+    job = (
+        k.dtype == torch.bfloat16, FORMAT_NAMES.index(format_name), batch, *k.shape[1:], *slots.shape,
+        k.data_ptr(), v.data_ptr(), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        slots.data_ptr(), slot_ids.data_ptr(), offsets.data_ptr(), ctypes.addressof(report),
     )  # fmt: skip
-    if num_bad < 0:
+    cpu_team.run(_bodies().append, job, parallel=False)
+    if report[batch] == _OUTSIDE:
         raise ValueError("a slot id or an offset lies outside the arena or the block")
-    return tuple(bad.nonzero()[0].tolist()) if num_bad else ()
+    return tuple(b for b in range(batch) if report[b]) if report[batch] else ()
 
 
+_ALL_WELL, _BAD_ROWS, _OUTSIDE = range(3)
 _MISTAKES = {
     1: "seq_segments must rise from 0 to the number of segments, and every sequence needs a segment",
     2: "a segment's format code is unknown, or its format is not defined for head_dim",
@@ -297,8 +304,8 @@ def _check_metadata(seq_segments, segments, block_table, num_kv_heads, head_dim,
 
 
 @functools.cache
-def _bodies() -> tuple[cpu_team.Body, cpu_team.Body]:
-    """Attention and the merge of its partial results, compiled (or read from the cache) at the first call."""
+def _bodies() -> "Bodies":
+    """The kernels for both element types, compiled (or read from the cache) at the first call."""
 
     @cfunc(cpu_team.JOB, cache=True)
     def attend(job):
@@ -314,7 +321,14 @@ def _bodies() -> tuple[cpu_team.Body, cpu_team.Body]:
         else:
             _merge_partials(job, ZERO)
 
-    return attend.ctypes, merge.ctypes
+    @cfunc(cpu_team.JOB, cache=True)
+    def append(job):
+        if job[0]:
+            _append(job, np.uint16(0))
+        else:
+            _append(job, ZERO)
+
+    return Bodies(*(cpu_team.Body(body.ctypes, body.address) for body in (attend, merge, append)))
 
 
 @njit(**HELPER)
@@ -660,34 +674,33 @@ def _power_of_two(exponent):
     return float_of(np.uint32(exponent + 127) << np.uint32(23))
 
 
-@njit(**COMPILE)
-def _append(code, k, v, strides, num_kv_heads, head_dim, views, slot_ids, offsets, bad):
-    """Returns the number of rows marked in ``bad``, or -1, nothing written, if a slot id or offset is out of range."""
-    for b in range(slot_ids.shape[0]):
-        slot_fits = 0 <= slot_ids[b] < views[0].shape[0]
-        if not (slot_fits and 0 <= offsets[b] < TOKENS_PER_BLOCK[code]):
-            return -1
+@njit(**HELPER)
+def _append(job, tag):
+    """Store the new tokens, or nothing if a slot id or an offset is out of range. Words: those of append_kv."""
+    code, batch, num_kv_heads, head_dim, num_slots, slot_bytes = job[1], job[2], job[3], job[4], job[5], job[6]
+    slot_ids, offsets = array_at(job[14], (batch,), np.int32(0)), array_at(job[15], (batch,), np.int32(0))
+    report = array_at(job[16], (batch + 1,), np.uint8(0))
+    tokens_per_block = TOKENS_PER_BLOCK[code]
+    for b in range(batch):
+        if not (0 <= slot_ids[b] < num_slots and 0 <= offsets[b] < tokens_per_block):
+            report[batch] = _OUTSIDE
+            return
+    memory_u16 = array_at(job[13], (num_slots, slot_bytes // 2), np.uint16(0))
+    memory_f32 = array_at(job[13], (num_slots, slot_bytes // 4), ZERO)
     limit = BF16_OVERFLOW_BITS if code == BF16 else INFINITY_BITS
-    num_bad = 0
-    for b in range(slot_ids.shape[0]):
+    for b in range(batch):
         peak = np.uint32(0)
-        for head in range(num_kv_heads):
-            start = (2 * head * TOKENS_PER_BLOCK[code] + offsets[b]) * head_dim
-            k_row = k[b * strides[0] + head * strides[1] :][:head_dim]
-            v_row = v[b * strides[2] + head * strides[3] :][:head_dim]
-            v_start = start + TOKENS_PER_BLOCK[code] * head_dim
+        for panel in range(2 * num_kv_heads):
+            head, is_v = panel // 2, panel % 2
+            first = b * job[9 + 2 * is_v] + head * job[10 + 2 * is_v]
+            source = array_at(job[7 + is_v], (first + head_dim,), tag)[first:]
+            start = (panel * tokens_per_block + offsets[b]) * head_dim
             if code == BF16:
-                memory = views[1][slot_ids[b]]
-                peak = max(peak, _store_token(k_row, memory[start : start + head_dim]))
-                peak = max(peak, _store_token(v_row, memory[v_start : v_start + head_dim]))
+                peak = max(peak, _store_token(source, memory_u16[slot_ids[b], start : start + head_dim]))
             else:
-                values = views[2][slot_ids[b]]
-                peak = max(peak, _store_token(k_row, values[start : start + head_dim]))
-                peak = max(peak, _store_token(v_row, values[v_start : v_start + head_dim]))
+                peak = max(peak, _store_token(source, memory_f32[slot_ids[b], start : start + head_dim]))
         if peak >= limit:
-            bad[b] = 1
-            num_bad += 1
-    return num_bad
+            report[b], report[batch] = 1, _BAD_ROWS
 
 
 @njit(**HELPER)

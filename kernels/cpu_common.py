@@ -54,14 +54,6 @@ def array_at(address, shape, tag):
     return carray(pointer(address, tag), shape)
 
 
-def flat_view(tensor: torch.Tensor) -> np.ndarray:
-    """The memory from the tensor's first to its last element, one-dimensional, whatever its strides."""
-    if not tensor.numel():
-        return numpy_view(tensor.flatten())
-    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return numpy_view(tensor.as_strided((span,), (1,)))
-
-
 INFINITY_BITS = np.uint32(0x7F800000)
 BF16_OVERFLOW_BITS = np.uint32(0x7F7F8000)  # from here on a float32 rounds to a bfloat16 infinity
 MAGNITUDE = np.uint32(0x7FFFFFFF)  # all but the sign

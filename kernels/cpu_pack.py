@@ -104,8 +104,7 @@ def _body() -> cpu_team.Body:
         else:
             _pack(job, np.float32(0))
 
-    entry: cpu_team.Body = pack.ctypes
-    return entry
+    return cpu_team.Body(pack.ctypes, pack.address)
 
 
 @njit(**COMPILE)
@@ -125,7 +124,6 @@ def _pack(job, tag):
     for panel in range(first_panel, end_panel):
         block, head, is_v = panel // (2 * num_heads), (panel // 2) % num_heads, panel % 2
         source, token_stride, head_stride = job[7 + is_v], job[9 + 2 * is_v], job[10 + 2 * is_v]
-        values = array_at(source, ((num_tokens - 1) * token_stride + (num_heads - 1) * head_stride + head_dim,), tag)
         begin, end = (2 * head + is_v) * size, (2 * head + is_v + 1) * size
         target_u8 = out_u8[block, begin:end]
         target_u16 = out_u16[block, begin // 2 : end // 2]
@@ -135,7 +133,8 @@ def _pack(job, tag):
             if token >= num_tokens:
                 _fill(row, np.uint32(0))
             else:
-                _load_row(values, token * token_stride + head * head_stride, row)
+                first = token * token_stride + head * head_stride
+                _load_row(array_at(source, (first + head_dim,), tag)[first:], row)
             peak = _peak(row)
             if peak >= limit:
                 bad[token] = 1
@@ -143,8 +142,7 @@ def _pack(job, tag):
 
 
 @njit(**HELPER)
-def _load_row(values, start, row):
-    source = values[start : start + row.shape[0]]
+def _load_row(source, row):
     for i in range(row.shape[0]):
         row[i] = bits_of(to_f32(source[i]))
 

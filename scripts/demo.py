@@ -83,15 +83,13 @@ class Daemon:
         deadline_s = time.monotonic() + READY_S
         while not self._is_healthy():
             if self._process.poll() is not None:
-                raise DemoError(f"the {self.role} node ended with exit code {self._process.returncode}.\n{self._told}")
+                raise self._failure(f"ended with exit code {self._process.returncode}")
             if time.monotonic() > deadline_s:
-                raise DemoError(f"the {self.role} node was not healthy after {READY_S:.0f} s.\n{self._told}")
+                raise self._failure(f"was not healthy after {READY_S:.0f} s")
             time.sleep(POLL_S)
 
     def stop(self) -> None:
         """SIGTERM, as an operator does it; by force only what does not listen."""
-        if not hasattr(self, "_process"):
-            return
         self._process.terminate()
         try:
             self.exit_code = self._process.wait(STOP_S)
@@ -101,11 +99,11 @@ class Daemon:
 
     def check_stopped_well(self) -> None:
         if self.exit_code != 0:
-            raise DemoError(f"the {self.role} node stopped with exit code {self.exit_code}.\n{self._told}")
+            raise self._failure(f"stopped with exit code {self.exit_code}")
 
-    @property
-    def _told(self) -> str:
-        return f"It was started with\n  {self.command}\nand its log says\n{self.log or '(nothing)'}"
+    def _failure(self, what: str) -> DemoError:
+        started = f"It was started with\n  {self.command}\nand its log says\n"
+        return DemoError(f"the {self.role} node {what}.\n{started}{self.log or '(nothing)'}")
 
     # --- REST, past any proxy that the environment may name ---
 
@@ -118,8 +116,21 @@ class Daemon:
         """The events of a streamed chat completion, as they come."""
         with self._ask("POST", "/v1/chat/completions", body | {"stream": True}) as response:
             if response.status != 200:
-                raise DemoError(f"the {self.role} node refuses the request: {json.load(response)['error']['message']}")
-            yield events(response)
+                raise self._failure(f"answers {response.status}: {json.load(response)['error']['message']}")
+            yield self._events(response)
+
+    def _events(self, response: HTTPResponse) -> Iterator[Any]:
+        """Server-sent events up to [DONE]."""
+        for line in response:
+            data = line.removeprefix(b"data: ").strip()
+            if data == b"[DONE]":
+                return
+            if data:
+                event = json.loads(data)
+                if "error" in event:
+                    raise self._failure(f"broke the answer off: {event['error']['message']}")
+                yield event
+        raise self._failure("closed the connection before the end of the answer")
 
     def _is_healthy(self) -> bool:
         try:
@@ -139,32 +150,37 @@ class Daemon:
             connection.close()
 
 
-def events(response: HTTPResponse) -> Iterator[Any]:
-    """Server-sent events up to [DONE]."""
-    for line in response:
-        data = line.removeprefix(b"data: ").strip()
-        if data == b"[DONE]":
-            return
-        if data:
-            event = json.loads(data)
-            if "error" in event:
-                raise DemoError(f"the answer broke off: {event['error']['message']}")
-            yield event
-    raise DemoError("the answer broke off: the prefill node closed the connection")
-
-
 @contextmanager
 def running(*daemons: Daemon) -> Iterator[None]:
     """Start all, wait until all are healthy, and stop them whatever happens, the last first."""
+    started: list[Daemon] = []
     try:
         for daemon in daemons:
-            daemon.start()
+            with held_interrupts():  # no process may exist that we do not know of
+                daemon.start()
+                started.append(daemon)
         for daemon in daemons:
             daemon.wait_until_healthy()
         yield
     finally:
-        for daemon in reversed(daemons):
-            daemon.stop()
+        with held_interrupts():
+            for daemon in reversed(started):
+                daemon.stop()
+
+
+@contextmanager
+def held_interrupts() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the block is done."""
+    caught: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.signal(number, lambda caught_number, frame: caught.append(caught_number)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
+    if caught:
+        raise KeyboardInterrupt
 
 
 def pick_port(default: int) -> int:

@@ -158,7 +158,7 @@ class DecodeDaemon(Daemon):
 
     def __init__(self, model: Path, **flags: object) -> None:
         self.stream_port = int(str(flags.setdefault("stream_port", free_port())))
-        super().__init__("decode", model, **{"arena_bytes": "16M", **flags})
+        super().__init__("decode", model, **{"arena_bytes": "16M", "lease": ANSWER_S, **flags})
 
     @property
     def peer(self) -> str:

@@ -27,9 +27,10 @@ Segments = list[tuple[str, int]]  # format name, num_tokens
 
 
 @pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """One, which is quickest for tensors this small; tests of the sharing out change it."""
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
@@ -81,6 +82,15 @@ def test_packing_takes_views_of_a_projection(fmt: KVFormat) -> None:
     out = torch.empty_like(expected)
     pack_blocks(fmt.name, k, v, out)
     assert torch.equal(out, expected)
+
+
+@every_format
+def test_threads_share_out_the_packing(fmt: KVFormat) -> None:
+    torch.set_num_threads(2)
+    k, v = wild_kv(203, 64, torch.float32)
+    out = torch.empty_like(encode(fmt, k, v))
+    assert pack_blocks(fmt.name, k, v, out) == ()
+    assert torch.equal(out, encode(fmt, k, v))
 
 
 @every_format
@@ -220,6 +230,7 @@ def test_raw_and_bf16_segments_mix_in_one_sequence(raw: str, dtype: torch.dtype)
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 8, 40])
 def test_splits_between_threads_do_not_change_the_result(num_threads: int) -> None:
+    torch.set_num_threads(2)
     sequences: list[Segments] = [[("int8", 500), ("bf16", 9)], [("bf16", 2)], [("bfp8", 90)]]
     case = paged(sequences, 64, 2, num_threads=num_threads)
     assert error(case) < 1e-5

@@ -89,7 +89,8 @@ class Arena:
         stride = geometry.slot_bytes
         offset, size = geometry.block_bytes(fmt, first_head), geometry.block_bytes(fmt, num_heads)
         base = layer_id * self.num_slots * stride + offset
-        return [self._bytes_view[start:end] for start, end in merge_runs(base + slots.astype(np.int64) * stride, size)]
+        starts = [base + slot * stride for slot in slots.tolist()]
+        return [self._bytes_view[start:end] for start, end in merge_runs(starts, size)]
 
     def check_integrity(self, owners: Iterable[np.ndarray]) -> None:
         """Raise LocalError unless the reference counts are exactly those of the given owners' slots."""
@@ -103,9 +104,12 @@ class Arena:
             )
 
 
-def merge_runs(starts: np.ndarray, size: int) -> list[tuple[int, int]]:
+def merge_runs(starts: Sequence[int], size: int) -> list[tuple[int, int]]:
     """Join [start, start + size) ranges that touch, keeping their order."""
-    breaks = np.flatnonzero(np.diff(starts) != size)
-    firsts = starts[np.concatenate(([0], breaks + 1))]
-    lasts = starts[np.concatenate((breaks, [len(starts) - 1]))]
-    return list(zip(firsts.tolist(), (lasts + size).tolist(), strict=True))
+    merged: list[tuple[int, int]] = []
+    for start in starts:
+        if merged and merged[-1][1] == start:
+            merged[-1] = (merged[-1][0], start + size)
+        else:
+            merged.append((start, start + size))
+    return merged

@@ -24,7 +24,7 @@ _FIXED = struct.Struct("<4sBBHIQ")  # magic, protocol version, frame type, flags
 _CHECKSUM = struct.Struct("<I")  # xxh32, seed 0, of the fixed fields and the header
 PREFIX_BYTES = _FIXED.size + _CHECKSUM.size
 # A payload is received in parts that are still in the processor's cache when they are digested.
-MAX_PART_BYTES = int(__import__("os").environ.get("PART", 512 << 10))
+MAX_PART_BYTES = 512 << 10
 
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODERS: dict[FrameType, msgspec.msgpack.Decoder[Any]] = {
@@ -90,7 +90,7 @@ class FrameReader:
         self._start_frame()
 
     def get_buffer(self) -> memoryview:
-        """Where the next bytes go. No side effects; never empty."""
+        """Where the next bytes go, all of them or the first. No side effects; never empty."""
         return self._part[:MAX_PART_BYTES]
 
     def advance(self, nbytes: int) -> Received | None:
