@@ -135,8 +135,8 @@ class AttentionPlan:
             )
         if slots.shape != self.slots_shape or slots.dtype != torch.uint8 or slots.data_ptr() % 4:
             raise ValueError(f"slots must be uint8 {list(self.slots_shape)}, aligned to 4 bytes")
-        if not (q.is_contiguous() and out.is_contiguous() and slots.is_contiguous()):
-            raise ValueError("q, out and slots must be contiguous")
+        if not all(tensor.is_contiguous() and tensor.is_cpu for tensor in (q, out, slots)):
+            raise ValueError("q, out and slots must be contiguous and in CPU memory")
         job = (
             q.dtype == torch.bfloat16, q.data_ptr(), out.data_ptr(), slots.data_ptr(),
             _float_bits(sm_scale), *self.words,
@@ -168,7 +168,8 @@ def _check_plan(
     if slot_bytes % FACE:
         raise ValueError(f"slot_bytes must be a multiple of {FACE}, not {slot_bytes}")
     shape = scratch_shape(max(len(scratch), 1), num_heads, num_kv_heads, head_dim)
-    if scratch.dtype != torch.float32 or tuple(scratch.shape) != shape or not scratch.is_contiguous():
+    fits = scratch.dtype == torch.float32 and tuple(scratch.shape) == shape
+    if not (fits and scratch.is_contiguous() and scratch.is_cpu):
         raise ValueError(f"scratch must be contiguous float32 {list(shape)}, not {list(scratch.shape)}")
 
 
@@ -251,6 +252,8 @@ def append_kv(
         raise ValueError("slots must be contiguous uint8 [num_slots, slot_bytes], aligned to 4 bytes")
     if slots.shape[1] % FACE or slots.shape[1] < 64 * k.shape[1] * k.shape[2]:
         raise ValueError(f"a block of {format_name} does not fit into slots of {slots.shape[1]} bytes")
+    if not all(tensor.is_cpu for tensor in (k, v, slots, slot_ids, offsets)):
+        raise ValueError("every tensor must be in CPU memory")
     batch = len(k)
     report = (ctypes.c_uint8 * (batch + 1))()  # whether a row is bad, for each; then one of _ALL_WELL .. _OUTSIDE
     job = (

@@ -79,6 +79,8 @@ def _check(format_name: str, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
             f"k and v must both be float32 or both bfloat16 [num_tokens, num_kv_heads, head_dim], "
             f"not {k.dtype} {list(k.shape)} and {v.dtype} {list(v.shape)}"
         )
+    if not (k.is_cpu and v.is_cpu and out.is_cpu):
+        raise ValueError("k, v and out must be in CPU memory")
     num_tokens, num_heads, head_dim = k.shape
     if k.stride(2) != 1 or v.stride(2) != 1:
         raise ValueError("the last dimension of k and v must be contiguous")

@@ -9,6 +9,7 @@ calls torch's operators: a team belongs to the thread that started it.
 import ctypes
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -28,11 +29,15 @@ class Body(NamedTuple):
 
 
 def _torch_openmp() -> ctypes.CDLL | None:
-    """The runtime torch has loaded, or None where torch was built with another."""
-    try:
-        runtime = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
-    except OSError:
+    """The runtime torch has loaded, or None where torch was built with another.
+
+    Wheels bring it under names of their own, so the process itself is asked what it has mapped.
+    """
+    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
+    if not mapped:
         return None
+    path = min(mapped, key=lambda name: "torch" not in name)  # torch's own where there are several
+    runtime = ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
     runtime.GOMP_parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
     runtime.GOMP_parallel.restype = None
     return runtime

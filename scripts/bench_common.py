@@ -115,7 +115,11 @@ def median(values: Sequence[float]) -> float:
 
 def machine() -> str:
     """Processor and cores, for the head of a report."""
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if "model name" in line
+    ]
     flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
     wide = [flag for flag in ("amx_int8", "amx_bf16", "avx512_vnni", "avx512_bf16", "avx2") if flag in flags.split()]
     return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores, {' '.join(wide[:3])}"

@@ -31,7 +31,7 @@ from hmad.facts.formats import FORMATS, NATIVE_FORMAT, KVGeometry
 ROOT = Path(__file__).parent.parent
 MODEL = Path("scripts/checkpoint")
 HOST = "127.0.0.1"
-STREAM_RATE = "32M"  # bytes/s: slow enough that the KV's way over loopback can be seen
+STREAM_RATE = "64M"  # bytes/s: slow enough that the KV's way over loopback can be seen
 MAX_TOKENS = 120
 READY_S, STOP_S, ANSWER_S = 120.0, 20.0, 120.0
 POLL_S = 0.05
@@ -297,7 +297,8 @@ def show_layers(spans: Sequence[LayerSpan]) -> None:
 
 def show_overlap(timeline: Any) -> None:
     wire, exposed, hidden = 1e3 * timeline["wire_s"], 1e3 * timeline["exposed_s"], 100 * timeline["hidden"]
-    print(f"  hidden      {hidden:.1f} % of the {wire:.1f} ms on the wire: {exposed:.1f} ms exposed, after token 0")
+    print(f"  hidden      {hidden:.1f} % of the {wire:.1f} ms from the first byte sent until the last one verified,")
+    print(f"              behind compute: {exposed:.1f} ms exposed, after token 0")
     print(f"  handoff     {1e3 * timeline['handoff_s']:.1f} ms from token 0 until the decode node had committed")
 
 

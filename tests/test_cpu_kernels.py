@@ -131,6 +131,8 @@ def test_packing_refuses_mixed_dtypes_and_strided_rows() -> None:
         pack_blocks("fp32", k, k.bfloat16(), out)
     with pytest.raises(ValueError, match="last dimension"):
         pack_blocks("fp32", torch.zeros(1, 64, 2)[..., :1].mT, k, out)
+    with pytest.raises(ValueError, match="CPU memory"):
+        pack_blocks("fp32", k, k.to("meta"), out)
     with pytest.raises(ValueError, match="unknown KV format"):
         pack_blocks("int4", k, k, out)
 
@@ -340,6 +342,7 @@ def test_memory_of_the_wrong_kind_is_refused() -> None:
     refuses("q and out", out=torch.empty(1, 2, 64, dtype=torch.bfloat16))
     refuses("q and out", q=torch.empty(2, 2, 64))
     refuses("contiguous", q=torch.empty(1, 64, 2).mT)
+    refuses("CPU memory", q=torch.empty(1, 2, 64, device="meta"))
     refuses("does not fit", slots=torch.zeros(3, 4096, dtype=torch.uint8))
     refuses("uint8", slots=torch.zeros(3, 8704, dtype=torch.int8))
 

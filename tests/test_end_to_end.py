@@ -304,7 +304,7 @@ def strangers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         "other_model": PrefillDaemon(directory / "other", [decode], cluster_key_file=keys["right"]),
     }
     with running(decode), running(*prefills.values(), healthy=False):
-        yield prefills
+        yield {"decode": decode, **prefills}
 
 
 def write_key(path: Path) -> Path:
@@ -324,6 +324,11 @@ def test_cluster_key_opens(strangers: dict[str, Daemon]) -> None:
 def test_stranger_is_told_why(strangers: dict[str, Daemon], name: str, words: str) -> None:
     reason = wait_for(lambda: reason_without_peer(strangers[name]))
     assert words in reason
+
+
+def test_strangers_stand_in_the_decode_node_s_log(strangers: dict[str, Daemon]) -> None:
+    decode, words = strangers["decode"], ("the models differ", "the prefill node refuses")
+    wait_for(lambda: all(word in decode.log for word in words), lambda: decode.log)
 
 
 def reason_without_peer(prefill: Daemon) -> str | None:

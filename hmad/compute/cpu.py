@@ -29,6 +29,12 @@ from hmad_kernels.cpu_pack import pack_blocks
 EMULATED_PRECISIONS = frozenset({"fp8", "bfp8"})  # exact numerics, computed in float32
 
 
+def warm_up() -> None:
+    """Have every kernel compiled, or read from the cache, before the first request waits for it."""
+    for kernels in (cpu_attention, cpu_pack, cpu_rows, cpu_sampling):
+        kernels.warm_up()
+
+
 class CpuPrefill:
     """Prefill on the CPU. Encoding runs on the engine's thread, right after K and V exist and before attention."""
 

@@ -5,7 +5,7 @@ import logging
 from typing import Any
 
 from hmad.compute.arena import Arena
-from hmad.compute.cpu import CpuDecode
+from hmad.compute.cpu import CpuDecode, warm_up
 from hmad.compute.model import load_model
 from hmad.edges.api import RoleServices
 from hmad.edges.metrics import Metrics
@@ -45,6 +45,7 @@ class DecodeNode:
         log.info("loading %s in %s", config.model, config.precision)
         loading = asyncio.to_thread(load_model, config.model, config.precision, config.load_format, config.dummy_seed)
         transformer = await loading
+        await asyncio.to_thread(warm_up)
         arena = Arena(model.geometry, config.arena_bytes)
         tail_format = FORMATS[config.precision]
         metrics = Metrics()

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from hmad.compute.checkpoint import read_generation_defaults
-from hmad.compute.cpu import CpuPrefill
+from hmad.compute.cpu import CpuPrefill, warm_up
 from hmad.compute.device import KVHistory
 from hmad.compute.linears import activation_dtype
 from hmad.compute.model import load_model
@@ -64,6 +64,7 @@ class PrefillNode:
         tokenizer = Tokenizer(config.model)
         loading = asyncio.to_thread(load_model, config.model, config.precision, config.load_format, config.dummy_seed)
         transformer = await loading
+        await asyncio.to_thread(warm_up)
         metrics = Metrics()
         staging = make_staging(config, model)
         role = PrefillRole(role_settings(config, model, staging), staging, lambda timeline: record(timeline, metrics))

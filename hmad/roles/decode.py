@@ -115,9 +115,8 @@ class DecodeRole:
         """The arena's own memory for these blocks and heads."""
         holding = self._holdings[transfer]
         slots = holding.raw_slots[layer.first_block : layer.first_block + layer.num_blocks]
-        self._received(
-            holding.session.name, len(slots) * self.arena.geometry.block_bytes(holding.format, layer.num_heads)
-        )
+        size = len(slots) * self.arena.geometry.block_bytes(holding.format, layer.num_heads)
+        self._received(holding.session.agreement.peer_node_id, size)
         return self.arena.landing(layer.layer, slots, holding.format, layer.first_head, layer.num_heads)
 
     def ready(self, session: DecodeSession, transfer: DecodeTransfer, commit: Commit) -> None:

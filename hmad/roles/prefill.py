@@ -249,6 +249,7 @@ class RequestRun:
         self.sequence.cancelled = True
         self._drop_held_back()
         self._close_lease(AbortReason.CANCELLED)
+        self._finish()
 
     # --- prefill ---
 
@@ -340,8 +341,10 @@ class RequestRun:
         return SampledToken(entry.token_id or 0, logprobs, logits)
 
     def _finish(self) -> None:
-        self.timeline.finished_s = time.monotonic()
-        self._role.finished(self.timeline)
+        """Keep the record of a request that got as far as a token, once."""
+        if self.timeline.first_token_s is not None and self.timeline.finished_s is None:
+            self.timeline.finished_s = time.monotonic()
+            self._role.finished(self.timeline)
 
     # --- leaving ---
 
