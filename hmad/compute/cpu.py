@@ -23,6 +23,7 @@ from hmad.compute.staging import StagingPool
 from hmad.facts.errors import HmadError, NonFiniteKVError
 from hmad.facts.formats import KVFormat, KVGeometry
 from hmad.facts.sampling import SampledToken
+from hmad_kernels import cpu_attention, cpu_pack, cpu_rows, cpu_sampling
 from hmad_kernels.cpu_attention import AttentionPlan, append_kv, scratch_shape
 from hmad_kernels.cpu_pack import pack_blocks
 

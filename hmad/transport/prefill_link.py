@@ -18,7 +18,7 @@ from hmad.transport.lease import Lease
 from hmad.transport.liveness import HANDSHAKE_S, Liveness
 from hmad.transport.rate import Pacer
 from hmad.wire.frames import FrameReader, Received, encode_frame
-from hmad.wire.handshake import Agreement, NodeIdentity, PrefillHandshake
+from hmad.wire.handshake import Agreement, NodeIdentity, PrefillHandshake, make_reject
 from hmad.wire.messages import (
     Abort,
     AnyMessage,
@@ -35,6 +35,7 @@ from hmad.wire.messages import (
     Reject,
     Reserve,
     Tokens,
+    Welcome,
 )
 from hmad.wire.transfers import PrefillTransfers
 
@@ -285,7 +286,12 @@ class PrefillSession:
                 future.set_exception(reason)
 
     def _greeted(self, received: Received) -> None:
-        auth = self._handshake.receive(received)
+        try:
+            auth = self._handshake.receive(received)
+        except HandshakeRejected as rejected:
+            if isinstance(received.message, Welcome):  # it is we who refuse: the decode node's log shall say so, too
+                self.send(make_reject(str(rejected)))
+            raise
         self._control.reader.authenticated = True
         self.send(auth)
         self._liveness = Liveness(self._beat, self._silent)
