@@ -203,7 +203,7 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "host": ("127.0.0.2", "127.0.0.2"),
     "port": ("9001", 9001),
     "precision": ("fp32", "fp32"),
-    "device": ("emulated", "emulated"),
+    "device": ("cpu", "cpu"),
     "threads": ("3", 3),
     "load_format": ("dummy", "dummy"),
     "dummy_seed": ("7", 7),

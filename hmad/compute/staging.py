@@ -19,7 +19,8 @@ class StagingPool:
         if self.num_pages < 1:
             raise ConfigError(f"staging-bytes = {staging_bytes} is less than one frame of {page_bytes} bytes: raise it")
         self._pages = list(np.empty((self.num_pages, page_bytes), dtype=np.uint8))
-        self._free = list(range(self.num_pages))
+        self._free = list(range(self.num_pages))  # last in, first out: a page that is still in cache is taken first
+        self._used: set[int] = set()
         self._changed = threading.Condition()
         self._closed = False
 
@@ -33,7 +34,9 @@ class StagingPool:
             self._changed.wait_for(lambda: self._free or self._closed)
             if self._closed:
                 raise LocalError("staging is closed: the node is stopping")
-            return self._free.pop()
+            number = self._free.pop()
+            self._used.add(number)
+            return number
 
     def page(self, number: int) -> np.ndarray:
         """uint8 [page_bytes] of one page."""
@@ -41,8 +44,9 @@ class StagingPool:
 
     def release(self, number: int) -> None:
         with self._changed:
-            if number in self._free:
-                raise LocalError(f"staging page {number} was released twice")
+            if number not in self._used:
+                raise LocalError(f"staging page {number} was released twice, or never acquired")
+            self._used.remove(number)
             self._free.append(number)
             self._changed.notify()
 

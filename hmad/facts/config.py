@@ -163,7 +163,7 @@ class Config(BaseModel):
         default_factory=PerRole("int8", "bf16"),
         description="what linears compute in; a decode node knows bf16 and fp32 (fp32 is for exact tests)",
     )
-    device: Name = Field("cpu", description="accelerator to compute on")
+    device: Literal["cpu"] = Field("cpu", description="what to compute on; this release knows cpu alone")
     threads: Count = Field(default_factory=_all_cores, description="compute threads; auto is every core we may use")
     load_format: Literal["safetensors", "dummy"] = Field(
         "safetensors", description="dummy makes random weights from config.json alone, to measure speed"
@@ -210,10 +210,10 @@ class Config(BaseModel):
         None, validation_alias="stream_rate", description="cap on the KV sent, to share a link; none is no cap"
     )
     frame_bytes: Annotated[Size, Field(ge=4 * KIB, le=GIB), OF_PREFILL] = Field(
-        MIB, description="KV bytes one frame aims at; small enough to be digested while in cache"
+        4 * MIB, description="KV bytes of one frame at most, and of one page of staging"
     )
     staging_bytes: Annotated[Size, OF_PREFILL] = Field(
-        256 * MIB, description="encoded KV that may wait for the wire; when full, prefill waits"
+        512 * MIB, description="encoded KV that may wait for the wire, in pages of one frame; when full, prefill waits"
     )
     history_bytes: Annotated[Size, OF_PREFILL] = Field(
         GIB, description="unquantized KV of earlier chunks that later chunks of a prompt attend to"
