@@ -25,7 +25,7 @@ from hmad.facts.errors import RemoteError, TransferAborted
 from hmad.facts.formats import FORMATS, KVFormat, KVGeometry
 from hmad.facts.sampling import SampledToken
 from hmad.facts.timeline import LayerTimes, Timeline
-from hmad.roles.decode import DecodeRole
+from hmad.roles.decode import DecodeCounters, DecodeRole
 from hmad.roles.engines import StepOutput
 from hmad.transport import decode_listener, prefill_link
 from hmad.transport.bulk import BulkSender, OutgoingLayer
@@ -104,9 +104,16 @@ class Decode:
     """A decode node without an engine."""
 
     def __init__(self, lease_s: float = LEASE_S, key: bytes | None = None, **changes: Any) -> None:
+        self.failures: list[str] = []
         arena = Arena(GEOMETRY, NUM_SLOTS * GEOMETRY.num_layers * GEOMETRY.slot_bytes)
         self.arena = arena
-        self.role = DecodeRole(arena, FORMATS["bf16"], 4096, 1000, lambda peer, size: None)
+        self.role = DecodeRole(
+            arena,
+            FORMATS["bf16"],
+            4096,
+            1000,
+            DecodeCounters(lambda peer, size: None, lambda count: None, self.failures.append),
+        )
         self.engine = StubEngine(self.role)
         self.role.engine = cast(Any, self.engine)
         settings = ListenerSettings(identity("decode", **changes), GEOMETRY, key, arena.num_slots, lease_s)

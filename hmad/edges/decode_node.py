@@ -5,15 +5,14 @@ import logging
 from typing import Any
 
 from hmad.compute.arena import Arena
-from hmad.compute.cpu import CpuDecode, warm_up
-from hmad.compute.model import load_model
+from hmad.compute.cpu import CpuDecode
 from hmad.edges.api import RoleServices
 from hmad.edges.metrics import Metrics
-from hmad.edges.node import SHUTDOWN_S, NodeModel, common_status
+from hmad.edges.node import SHUTDOWN_S, NodeModel, common_status, in_passing_thread, load_warm_model
 from hmad.facts.config import Config
 from hmad.facts.formats import FORMATS
 from hmad.facts.keys import load_api_keys
-from hmad.roles.decode import DecodeRole
+from hmad.roles.decode import DecodeCounters, DecodeRole
 from hmad.roles.engines import STALLED_AFTER_S, DecodeEngine
 from hmad.transport.decode_listener import DecodeListener, ListenerSettings
 
@@ -43,9 +42,7 @@ class DecodeNode:
     async def build(cls, config: Config, model: NodeModel) -> "DecodeNode":
         """Take the arena's memory and load the weights."""
         log.info("loading %s in %s", config.model, config.precision)
-        loading = asyncio.to_thread(load_model, config.model, config.precision, config.load_format, config.dummy_seed)
-        transformer = await loading
-        await asyncio.to_thread(warm_up)
+        transformer = await in_passing_thread(lambda: load_warm_model(config))
         arena = Arena(model.geometry, config.arena_bytes)
         tail_format = FORMATS[config.precision]
         metrics = Metrics()
@@ -54,7 +51,11 @@ class DecodeNode:
             tail_format,
             model.max_model_len,
             model.config.vocab_size,
-            lambda peer, size: metrics.count_link_bytes(peer, "received", size),
+            DecodeCounters(
+                received=lambda peer, size: metrics.count_link_bytes(peer, "received", size),
+                sent_tokens=metrics.output_tokens.inc,
+                failed=metrics.count_error,
+            ),
         )
         device = CpuDecode(transformer, arena, tail_format, config.threads)
         role.engine = DecodeEngine(device, config.max_batch_size, role.deliver_from_engine)
@@ -66,6 +67,7 @@ class DecodeNode:
         )
         metrics.arena_total_slots.set(arena.num_slots)
         metrics.arena_used_slots.set_function(lambda: arena.used_slots)
+        metrics.queue_length.set_function(lambda: role.engine.num_waiting)
         metrics.running.set_function(lambda: role.engine.num_running)
         return cls(config, model, role, metrics)
 

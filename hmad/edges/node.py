@@ -6,9 +6,11 @@ import logging
 import secrets
 import signal
 import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numba
 import torch
@@ -17,7 +19,8 @@ from aiohttp import web
 
 from hmad import __version__
 from hmad.compute.checkpoint import ModelConfig, fingerprint, read_config
-from hmad.compute.cpu import EMULATED_PRECISIONS
+from hmad.compute.cpu import EMULATED_PRECISIONS, warm_up
+from hmad.compute.model import Qwen3, load_model
 from hmad.edges.api import RoleServices, build_app
 from hmad.facts.config import Config
 from hmad.facts.errors import ConfigError
@@ -60,16 +63,17 @@ def run(config: Config) -> int:
     """Serve until a signal; the exit code."""
     torch.set_num_threads(config.threads)
     numba.set_num_threads(min(config.threads, numba.config.NUMBA_NUM_THREADS))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the node is built, a signal ends the process at once
     uvloop.run(serve(config))
     return 0
 
 
 async def serve(config: Config) -> None:
     """Build the role, start it, and stop it in order when asked to."""
+    node = await build(config)
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    node = await build(config)
     exempt_from_collection()
     runner = web.AppRunner(
         build_app(node.services),
@@ -96,8 +100,21 @@ def exempt_from_collection() -> None:
     gc.freeze()
 
 
+T = TypeVar("T")
+
+
+async def in_passing_thread(function: Callable[[], T]) -> T:
+    """Run heavy set-up work in a thread that ends with it.
+
+    Its OpenMP team ends then, too. A team that idles on would count as busy, and the engine's own team, two threads on
+    two cores, would put itself to sleep at every barrier: a decode step of a small model then takes twice the time.
+    """
+    with ThreadPoolExecutor(1) as executor:
+        return await asyncio.get_running_loop().run_in_executor(executor, function)
+
+
 async def build(config: Config) -> Node:
-    """Load the model and make the role. Loading runs in a thread, so that a signal still ends the process."""
+    """Load the model and make the role. Raises ModelError or ConfigError."""
     # Each role imports only what it needs, and only when it is the one.
     if config.role == "decode":
         from hmad.edges.decode_node import DecodeNode
@@ -106,6 +123,13 @@ async def build(config: Config) -> Node:
     from hmad.edges.prefill_node import PrefillNode
 
     return await PrefillNode.build(config, open_model(config))
+
+
+def load_warm_model(config: Config) -> Qwen3:
+    """The weights, and every kernel compiled, so that the first request waits for neither."""
+    model = load_model(config.model, config.precision, config.load_format, config.dummy_seed)
+    warm_up()
+    return model
 
 
 def open_model(config: Config) -> NodeModel:

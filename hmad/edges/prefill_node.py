@@ -6,16 +6,15 @@ from dataclasses import asdict
 from typing import Any
 
 from hmad.compute.checkpoint import read_generation_defaults
-from hmad.compute.cpu import CpuPrefill, warm_up
+from hmad.compute.cpu import CpuPrefill
 from hmad.compute.device import KVHistory
 from hmad.compute.linears import activation_dtype
-from hmad.compute.model import load_model
 from hmad.compute.staging import StagingPool
 from hmad.compute.tokenizer import Tokenizer
 from hmad.edges.api import RoleServices
 from hmad.edges.completions import ServedModel
 from hmad.edges.metrics import Metrics
-from hmad.edges.node import SHUTDOWN_S, NodeModel, common_status
+from hmad.edges.node import SHUTDOWN_S, NodeModel, common_status, in_passing_thread, load_warm_model
 from hmad.facts.config import Config
 from hmad.facts.formats import FORMATS, KVGeometry
 from hmad.facts.keys import load_api_keys
@@ -62,9 +61,7 @@ class PrefillNode:
         """Load tokenizer and weights, take the staging's memory, make the links."""
         log.info("loading %s in %s", config.model, config.precision)
         tokenizer = Tokenizer(config.model)
-        loading = asyncio.to_thread(load_model, config.model, config.precision, config.load_format, config.dummy_seed)
-        transformer = await loading
-        await asyncio.to_thread(warm_up)
+        transformer = await in_passing_thread(lambda: load_warm_model(config))
         metrics = Metrics()
         staging = make_staging(config, model)
         role = PrefillRole(role_settings(config, model, staging), staging, lambda timeline: record(timeline, metrics))
@@ -148,10 +145,11 @@ def record(timeline: Timeline, metrics: Metrics) -> None:
     """A request has finished: how long it queued, its bytes, and what its transfer cost."""
     if timeline.prefill_started_s is not None:
         metrics.queue_s.observe(timeline.prefill_started_s - timeline.arrived_s)
+    num_bytes = sum(layer.wire_bytes for layer in timeline.layers.values())
+    if timeline.peer is not None:  # also of a transfer that was cut short
+        metrics.count_link_bytes(timeline.peer, "sent", num_bytes)
     if timeline.peer is None or timeline.wire_s is None or timeline.exposed_s is None or timeline.hidden is None:
         return
-    num_bytes = sum(layer.wire_bytes for layer in timeline.layers.values())
-    metrics.count_link_bytes(timeline.peer, "sent", num_bytes)
     metrics.set_link_rate(timeline.peer, "sent", num_bytes / timeline.wire_s)
     metrics.observe_overlap(timeline.exposed_s, timeline.hidden)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hmad.compute.arena import Arena
-from hmad.compute.sequence import DecodeSequence, Segment
+from hmad.compute.sequence import DecodeSequence, Segment, tail_tokens
 from hmad.facts.errors import HmadError, NonFiniteKVError, NonFiniteLogitsError, RemoteProtocolError
 from hmad.facts.formats import FORMATS, KVFormat
 from hmad.facts.sampling import SamplingParams
@@ -54,6 +54,15 @@ class Holding:
         return [self.raw_slots, *self.tail_slots]
 
 
+@dataclass(frozen=True)
+class DecodeCounters:
+    """Who counts what happens on this node."""
+
+    received: Callable[[str, int], None]  # peer, bytes of a LAYER that begins to land
+    sent_tokens: Callable[[int], None]
+    failed: Callable[[str], None]  # cause, one of our own words
+
+
 class DecodeRole:
     """Owns the arena and what lies in it. Everything here runs on the loop's thread; steps run in the engine's."""
 
@@ -63,11 +72,11 @@ class DecodeRole:
         tail_format: KVFormat,
         max_model_len: int,
         vocab_size: int,
-        received: Callable[[str, int], None],
+        counters: DecodeCounters,
     ) -> None:
         self.arena = arena
         self._vocab_size = vocab_size
-        self._received = received  # (peer, bytes) of every LAYER that lands
+        self._counters = counters
         self._tail_format = tail_format
         self._max_model_len = max_model_len
         self._holdings: dict[DecodeTransfer, Holding] = {}
@@ -98,9 +107,8 @@ class DecodeRole:
         prompt_token_ids = np.frombuffer(prompt, "<u4")
         needed = slots_needed(fmt, self._tail_format, message.num_prompt_tokens, params, message.num_choices)
         never = self._never_fits(message, needed)
-        foreign = [t for t in (int(prompt_token_ids.max()), *params.forced_token_ids) if t >= self._vocab_size]
-        if foreign:
-            bad = f"token {foreign[0]} is outside the vocabulary of {self._vocab_size}"
+        bad = self._mistake(prompt_token_ids, params)
+        if bad:
             session.deny(transfer, DenyReason.BAD_REQUEST, bad, 0.0)
         elif never:
             session.deny(transfer, DenyReason.NEVER_FITS, never, 0.0)
@@ -116,7 +124,7 @@ class DecodeRole:
         holding = self._holdings[transfer]
         slots = holding.raw_slots[layer.first_block : layer.first_block + layer.num_blocks]
         size = len(slots) * self.arena.geometry.block_bytes(holding.format, layer.num_heads)
-        self._received(holding.session.agreement.peer_node_id, size)
+        self._counters.received(holding.session.agreement.peer_node_id, size)
         return self.arena.landing(layer.layer, slots, holding.format, layer.first_head, layer.num_heads)
 
     def ready(self, session: DecodeSession, transfer: DecodeTransfer, commit: Commit) -> None:
@@ -142,7 +150,19 @@ class DecodeRole:
         self.engine.drop(list(holding.running.values()))
         self._free_if_unused(transfer)
 
+    def failed(self, cause: str) -> None:
+        self._counters.failed(cause)
+
     # --- inside ---
+
+    def _mistake(self, prompt_token_ids: np.ndarray, params: SamplingParams) -> str | None:
+        """What no prefill node of ours would ask for, and what would disturb other sequences of the batch."""
+        foreign = [t for t in (int(prompt_token_ids.max()), *params.forced_token_ids) if t >= self._vocab_size]
+        if foreign:
+            return f"token {foreign[0]} is outside the vocabulary of {self._vocab_size}"
+        if tail_tokens(params) < 1:  # no tail: its step would write into the block of whoever stands next to it
+            return f"an answer of {params.max_tokens} tokens ends on the prefill node"
+        return None
 
     def _never_fits(self, message: Reserve, needed: int) -> str | None:
         length = message.num_prompt_tokens + message.sampling.max_tokens
@@ -189,7 +209,9 @@ class DecodeRole:
                 self._fail(transfer, holding, output.error)
             elif not transfer.over and holding.session.is_open:
                 by_session[holding.session].append(self._entry(transfer, choice, output))
-        self.num_tokens += sum(len(entries) for entries in by_session.values())
+        num_tokens = sum(len(entries) for entries in by_session.values())
+        self.num_tokens += num_tokens
+        self._counters.sent_tokens(num_tokens)
         for session, entries in by_session.items():
             session.send_tokens(entries)
 
@@ -207,6 +229,8 @@ class DecodeRole:
 
     def _fail(self, transfer: DecodeTransfer, holding: Holding, error: HmadError) -> None:
         """One choice cannot go on, so the request cannot: end the transfer, and with it the other choices."""
+        if transfer.over:  # another choice of it failed in the same step
+            return
         self.num_failed += 1
         log.error("transfer %s: %s", transfer.transfer_id.hex(), error)
         non_finite = isinstance(error, NonFiniteKVError | NonFiniteLogitsError)
@@ -226,6 +250,7 @@ class DecodeRole:
             self.arena.release(slots)
         if not self._holdings:
             self.check_integrity()
+        holding.session.tell_load()
 
     def check_integrity(self) -> None:
         """Raise LocalError unless the arena's reference counts are exactly those of what we hold."""

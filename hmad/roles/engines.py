@@ -146,7 +146,12 @@ class PrefillEngine(Engine):
         """
         last = chunks[-1] if chunks else None
         if last and last.num_tokens < last.sequence.num_remaining and last.sequence.history is None:
-            history = self._device.new_history(len(last.sequence.prompt_token_ids))
+            try:
+                history = self._device.new_history(len(last.sequence.prompt_token_ids))
+            except Exception as error:  # the machine has less memory than the configuration promised
+                log.exception("no memory for the history of a prompt of %d tokens", len(last.sequence.prompt_token_ids))
+                last.sequence.error = as_local(error, "prefill")
+                return chunks[:-1]
             if history.num_bytes + self._history_in_use() > self._history_bytes and len(chunks) > 1:
                 return chunks[:-1]
             last.sequence.history = history

@@ -14,7 +14,7 @@ import xxhash
 from hmad.compute.device import EncodedBlocks, LayerClock, PrefillChunk, PrefillSequence
 from hmad.compute.sampler import finish_reason
 from hmad.compute.staging import StagingPool
-from hmad.facts.errors import LocalError, RemoteError, RequestError, TransferAborted
+from hmad.facts.errors import LocalError, RemoteError, RemoteProtocolError, RequestError, TransferAborted
 from hmad.facts.formats import FORMATS, KVGeometry
 from hmad.facts.requests import GenerationRequest, TokenEvent
 from hmad.facts.sampling import SampledToken
@@ -289,7 +289,8 @@ class RequestRun:
 
     def prefilled(self, done: PrefillDone) -> None:
         """The prompt is computed (or failed): commit the choices that go on, at once, whoever reads our events."""
-        self.timeline.first_token_s = done.finished_s
+        if done.first_tokens:
+            self.timeline.first_token_s = done.finished_s
         if done.first_tokens and not self.sequence.cancelled:
             self._hand_over(done.first_tokens)
         else:
@@ -334,11 +335,12 @@ class RequestRun:
         return TokenEvent(entry.choice, self._token(entry, extras), entry.finish_reason)
 
     def _token(self, entry: TokenEntry, extras: bytes) -> SampledToken:
-        params = self.request.params
-        logprobs, logits = unpack_extras(
-            extras, params.num_logprobs is not None, params.want_logits, self._role.settings.vocab_size
-        )
-        return SampledToken(entry.token_id or 0, logprobs, logits)
+        params, vocab_size = self.request.params, self._role.settings.vocab_size
+        token_id = entry.token_id or 0
+        if token_id >= vocab_size:
+            raise RemoteProtocolError(f"the decode node sent token {token_id}, the vocabulary has {vocab_size}")
+        logprobs, logits = unpack_extras(extras, params.num_logprobs is not None, params.want_logits, vocab_size)
+        return SampledToken(token_id, logprobs, logits)
 
     def _finish(self) -> None:
         """Keep the record of a request that got as far as a token, once."""

@@ -60,6 +60,9 @@ class DecodeHost(Protocol):
     def release(self, transfer: DecodeTransfer) -> None:
         """The transfer is over, or its session is gone: give back what it holds as soon as nothing uses it."""
 
+    def failed(self, cause: str) -> None:
+        """Something went wrong that the peer or we have ended a transfer or a connection for: count it."""
+
 
 @dataclass(frozen=True)
 class ListenerSettings:
@@ -125,6 +128,12 @@ class DecodeListener:
         log.info("prefill node %s: session opened, %s", session.name, agreement.format)
         return session
 
+    def tell_load(self) -> None:
+        """Slots were taken or given back: every prefill node that waits for some shall know."""
+        load = self.host.load()
+        for session in self.sessions.values():
+            session.send_load(load)
+
     def forget(self, session: "DecodeSession") -> None:
         self.sessions.pop(session.agreement.session, None)
 
@@ -172,6 +181,7 @@ class AcceptedConnection:
             self._session.lost(error or RemoteError("the prefill node closed the connection"))
         elif isinstance(error, RemoteError):
             log.warning("stream connection from %s: %s", self.connection.peer_name, error)
+            self._listener.host.failed(type(error).__name__)
 
     def _greeted(self, received: Received) -> None:
         answer = self._handshake.receive(received)
@@ -223,16 +233,19 @@ class DecodeSession:
         self._liveness = Liveness(self._beat, self._silent)
         self._load_sent: Load | None = None
         self.is_open = True
-        self.send_load()
+        self.send_load(self._host.load())
 
     # --- what the role says ---
 
     def send(self, message: AnyMessage) -> None:
         self._control.send(message)
 
-    def send_load(self) -> None:
+    def tell_load(self) -> None:
+        """Tell every prefill node."""
+        self._listener.tell_load()
+
+    def send_load(self, load: Load) -> None:
         """Tell the prefill node our load, if it has changed."""
-        load = self._host.load()
         if load != self._load_sent:
             self._load_sent = load
             self.send(load)
@@ -250,6 +263,7 @@ class DecodeSession:
 
     def abort(self, transfer: DecodeTransfer, reason: AbortReason, message: str) -> None:
         if self.is_open and not transfer.over:
+            self._host.failed(reason)
             self.send(self.transfers.abort(transfer.transfer_id, reason, message))
             self._settle()
 
@@ -336,6 +350,7 @@ class DecodeSession:
             self._host.ready(self, outcome.transfer, self._commits.pop(outcome.transfer.transfer_id))
         elif outcome.verdict is Verdict.DIGEST_MISMATCH:
             log.warning("prefill node %s: a digest is wrong, the transfer was aborted", self.name)
+            self._host.failed(AbortReason.DIGEST_MISMATCH)
             if self._strikes.add(time.monotonic()):
                 raise RemoteProtocolError("three wrong digests within a minute: the link damages bytes")
         if outcome.verdict is not Verdict.WAITING:  # most LAYERs: nothing is given back, the load is the same
@@ -361,7 +376,7 @@ class DecodeSession:
         for transfer in self.transfers.take_released():
             self._commits.pop(transfer.transfer_id, None)
             self._host.release(transfer)
-        self.send_load()
+        self.tell_load()
 
     # --- life ---
 
@@ -370,7 +385,7 @@ class DecodeSession:
             message = f"no KV came for {self._lease_s:g} s"
             self.abort(transfer, AbortReason.LEASE_EXPIRED, message)
         self._load_sent = None  # the heartbeat tells the load whether it changed or not
-        self.send_load()
+        self.send_load(self._host.load())
         self.send(Ping(sent_s=time.monotonic()))
 
     def _silent(self, silence_s: float) -> None:
@@ -381,6 +396,8 @@ class DecodeSession:
             return
         self.is_open = False
         log.info("prefill node %s: session closed: %s", self.name, error)
+        if isinstance(error, RemoteProtocolError):
+            self._host.failed(type(error).__name__)
         self._liveness.stop()
         self._listener.forget(self)
         for transfer in self.transfers.close():

@@ -210,9 +210,9 @@ class PrefillSession:
         for bulk in self._bulks:
             bulk.close()
         self.transfers.close()
-        error = RemoteError(f"decode node {self.peer_name} is gone: {self.link.trouble or 'session closed'}")
+        message = f"decode node {self.peer_name} is gone: {self.link.trouble or 'session closed'}"
         for lease in list(self._leases.values()):
-            lease.session_lost(error)
+            lease.session_lost(RemoteError(message))  # one each: whoever raises it adds to its traceback
         for future in (self._ready, self._lost):
             future.cancel()
 

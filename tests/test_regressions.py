@@ -1,0 +1,161 @@
+"""Mistakes that were once made, each in the smallest scene that shows it."""
+
+import asyncio
+import signal
+from queue import SimpleQueue
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from test_transport import NUM_SLOTS, PATIENCE_S, Decode, frame, linked, pair, random_kv, send, serving, until
+
+from hmad.compute.device import PrefillResult, PrefillSequence
+from hmad.edges import node
+from hmad.edges.metrics import Metrics
+from hmad.edges.prefill_node import record
+from hmad.facts.errors import ConfigError, LocalError, RemoteProtocolError, TransferAborted
+from hmad.facts.formats import FORMATS
+from hmad.facts.requests import GenerationRequest
+from hmad.facts.sampling import SamplingParams
+from hmad.facts.timeline import LayerTimes, Timeline
+from hmad.roles.engines import PrefillDone, PrefillEngine, PrefillListener
+from hmad.roles.prefill import RequestRun
+from hmad.transport import liveness
+from hmad.transport.lease import Denied
+from hmad.wire import messages as m
+
+# --- the decode node ---
+
+
+async def test_answer_without_a_tail_is_refused() -> None:
+    """Its one decode step would have written KV into the first block of the next sequence of the batch."""
+    async with pair() as p:
+        with pytest.raises(Denied) as denied:
+            await p.lease(4, max_tokens=1)
+        assert denied.value.reason is m.DenyReason.BAD_REQUEST
+        await p.lease(4, max_tokens=2)
+
+
+async def test_every_prefill_node_hears_of_freed_slots_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only the one whose transfer held them, and not only with the next heartbeat."""
+    monkeypatch.setattr(liveness, "HEARTBEAT_S", 60.0)
+    decode = Decode()
+    async with serving(decode), linked(decode.port, formats=("bfp8",)) as one, linked(decode.port) as other:
+        await until(lambda: one.usable and other.usable)
+        message = m.Reserve(bytes(16), 0, "bfp8", 32, 1, m.Sampling(3, 0.0, 1.0, 0, 0.0, 0.0, 0.0, 1.0))
+        lease = one.session.reserve(message, bytes(4 * 32), Timeline("r", 32, 0.0))
+        await asyncio.wait_for(lease.granted(), PATIENCE_S)
+        await until(lambda: other.free_slots == decode.arena.free_slots < NUM_SLOTS)
+        lease.close()
+        await until(lambda: other.free_slots == NUM_SLOTS)
+
+
+async def test_slots_that_the_engine_frees_late_are_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(liveness, "HEARTBEAT_S", 60.0)
+    async with pair() as p, linked(p.decode.port, formats=("bfp8",)) as other:
+        await until(lambda: other.usable)
+        lease = await p.lease(4)
+        send(lease, random_kv(4))
+        await p.commit(lease)
+        await until(lambda: other.free_slots < NUM_SLOTS)
+        p.link.session.close()  # the engine still has the sequence when the session ends
+        await until(lambda: other.free_slots == NUM_SLOTS)
+
+
+async def test_decode_node_counts_its_errors_by_cause() -> None:
+    async with pair() as p:
+        lease = await p.lease(4)
+        blocks = frame(random_kv(4), 0, 0, 4)
+        lease.send_blocks(type(blocks)(**{**vars(blocks), "digest": bytes(16)}))
+        with pytest.raises(TransferAborted):
+            await asyncio.wait_for(lease.next_token(), PATIENCE_S)
+        p.link.session.send(m.Grant(bytes(16), 0, 1.0))  # not a prefill node's to send
+        await until(lambda: p.decode.failures == ["digest_mismatch", "RemoteProtocolError"])
+
+
+# --- the prefill node ---
+
+
+def test_no_memory_for_a_history_costs_one_prompt_not_the_engine() -> None:
+    long, short = (
+        PrefillSequence(tuple(range(n)), SamplingParams(max_tokens=2), (0,), FORMATS["int8"]) for n in (96, 8)
+    )
+    done: SimpleQueue[PrefillDone] = SimpleQueue()
+    engine = PrefillEngine(cast(Any, DeviceWithoutMemory()), 64, 1 << 20, PrefillListener(ignore, ignore, done.put))
+    engine.submit(long)
+    engine.submit(short)
+    engine.start()
+    assert [done.get(timeout=PATIENCE_S).sequence for _ in range(2)] == [long, short]
+    engine.stop()
+    assert isinstance(long.error, LocalError)
+    assert short.error is None
+
+
+class DeviceWithoutMemory:
+    def new_history(self, num_tokens: int) -> None:
+        raise MemoryError
+
+    def prefill(self, chunks: Any, observer: Any) -> PrefillResult:
+        for chunk in chunks:
+            chunk.sequence.num_computed = chunk.end
+        return PrefillResult()
+
+
+def ignore(*_: Any) -> None:
+    pass
+
+
+def request_run() -> RequestRun:
+    role = cast(Any, SimpleNamespace(settings=SimpleNamespace(vocab_size=100, transfer_after=False)))
+    return RequestRun(role, GenerationRequest((1, 2), SamplingParams(max_tokens=3), (0,)))
+
+
+async def test_failed_prefill_has_no_first_token() -> None:
+    run = request_run()
+    run.sequence.error = LocalError("broken")
+    run.prefilled(PrefillDone(run.sequence, [], 5.0))
+    assert run.timeline.first_token_s is None
+
+
+async def test_token_outside_the_vocabulary_never_reaches_the_client() -> None:
+    run = request_run()
+    assert run._token(m.TokenEntry(bytes(16), 0, 1, 99), b"").token_id == 99
+    with pytest.raises(RemoteProtocolError, match="token 100"):
+        run._token(m.TokenEntry(bytes(16), 0, 1, 100), b"")
+
+
+def test_bytes_of_a_transfer_cut_short_are_counted() -> None:
+    layers = {0: LayerTimes(0.0, 1.0, 100, 1.0, 2.0, 2.0), 1: LayerTimes(1.0, 2.0, 50, 2.0)}
+    timeline = Timeline("r", 4, 0.0, peer="d:1", first_token_s=3.0, layers=layers)
+    metrics = Metrics()
+    record(timeline, metrics)
+    sample = {"peer": "d:1", "direction": "sent"}
+    assert metrics.registry.get_sample_value("hmad_link_bytes_total", sample) == 150
+    assert metrics.registry.get_sample_value("hmad_kv_exposed_seconds_count") == 0
+
+
+async def test_leases_of_a_lost_session_do_not_share_an_exception() -> None:
+    """Every request that raises one adds its frames to the traceback of all."""
+    async with pair() as p:
+        leases = [await p.lease(2) for _ in range(2)]
+        p.link.session.close()
+        errors = await asyncio.gather(*(lease.next_token() for lease in leases), return_exceptions=True)
+        assert errors[0] is not errors[1]
+        assert str(errors[0]) == str(errors[1])
+
+
+# --- both ---
+
+
+async def test_signal_ends_a_node_that_still_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It used to load its weights to the end, open its ports and only then look."""
+    handlers = []
+
+    async def build(config: Any) -> Any:
+        handlers.append(signal.getsignal(signal.SIGTERM))
+        raise ConfigError("enough seen")
+
+    monkeypatch.setattr(node, "build", build)
+    with pytest.raises(ConfigError):
+        await node.serve(cast(Any, None))
+    assert handlers == [signal.SIG_DFL]
