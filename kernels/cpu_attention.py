@@ -3,7 +3,8 @@
 The unit of work is one block of one KV head of one sequence. All units of a launch, in the order (sequence, head,
 block), are dealt to the threads in equal runs, so a long context is split where that balances the load. A run that
 begins or ends inside a (sequence, head) leaves a partial result (sum, maximum and weighted values) in scratch, and
-the partials are merged by log-sum-exp. Softmax is online: one pass, running maximum and sum.
+the partials are merged by log-sum-exp. Softmax is online: one pass, running maximum and sum. How the bytes of a panel
+become float32 is the matter of ``cpu_panels``.
 """
 
 import ctypes
@@ -15,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import cfunc, njit
+from numba import njit
 
 from hmad_kernels import cpu_team
 from hmad_kernels.cpu_common import (
@@ -23,47 +24,43 @@ from hmad_kernels.cpu_common import (
     BF16_OVERFLOW_BITS,
     BFP8,
     COMPILE,
+    DTYPES,
     FACE,
     FORMAT_NAMES,
-    FP8_E4M3,
     FP32,
-    GROUP,
     HELPER,
     INFINITY_BITS,
-    INT8,
+    LOG2_E,
     MAGNITUDE,
     MAX_TOKENS_PER_BLOCK,
-    MXFP8,
     REASSOCIATE,
-    TILE_ROWS,
+    ROUND_TO_INTEGER,
     TOKENS_PER_BLOCK,
     array_at,
     bits_of,
+    check_kv,
     float_of,
+    is_defined,
     panel_bytes,
     store_f32,
     to_f32,
 )
-from hmad_kernels.cpu_team import share_of
+from hmad_kernels.cpu_panels import UNROLL, decode_panel, slot_views, spare_values, spare_views
+from hmad_kernels.cpu_team import by_dtype, float_word, part_of, share_of, word_float
 
-UNROLL = 4  # tokens that share one pass over a query or an accumulator; every tokens_per_block is a multiple
 ZERO = np.float32(0.0)
-LOG2_E = np.float32(1.4426950408889634)
 LN2_HIGH = np.float32(0.693359375)
 LN2_LOW = np.float32(-2.12194440e-4)
 EXP_MIN = np.float32(-87.0)  # below it exp is not a normal float32
-ROUND_TO_INTEGER = np.float32(12582912.0)  # 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-E4M3_SUBNORMAL_STEP = np.float32(2.0**-9)
 PARALLEL_UNITS = 16  # blocks of one head: from here on more threads gain more than their start costs
-DTYPES = (torch.float32, torch.bfloat16)
 
 
 def scratch_shape(num_threads: int, num_heads: int, num_kv_heads: int, head_dim: int) -> tuple[int, int]:
-    """Shape of the float32 scratch: per thread a decoded panel, scores, queries, two partial results."""
+    """Shape of the float32 scratch: per thread a decoded panel, scores, queries, a spare token, two partial results."""
     group = num_heads // num_kv_heads
     panel = MAX_TOKENS_PER_BLOCK * head_dim
-    token = head_dim + head_dim // 4  # one token's scales, and its bytes where they are not contiguous
-    return num_threads, panel + token + group * (MAX_TOKENS_PER_BLOCK + head_dim + 2 * (head_dim + 2))
+    each = MAX_TOKENS_PER_BLOCK + head_dim + 2 * (head_dim + 2)  # of a query head
+    return num_threads, panel + spare_values(head_dim) + group * each
 
 
 class Bodies(NamedTuple):
@@ -139,7 +136,7 @@ class AttentionPlan:
             raise ValueError("q, out and slots must be contiguous and in CPU memory")
         job = (
             q.dtype == torch.bfloat16, q.data_ptr(), out.data_ptr(), slots.data_ptr(),
-            _float_bits(sm_scale), *self.words,
+            float_word(sm_scale), *self.words,
         )  # fmt: skip
         bodies = _bodies()
         cpu_team.run(bodies.attend, job, self.parallel)
@@ -171,11 +168,6 @@ def _check_plan(
     fits = scratch.dtype == torch.float32 and tuple(scratch.shape) == shape
     if not (fits and scratch.is_contiguous() and scratch.is_cpu):
         raise ValueError(f"scratch must be contiguous float32 {list(shape)}, not {list(scratch.shape)}")
-
-
-@functools.cache
-def _float_bits(value: float) -> int:
-    return int(np.float32(value).view(np.int32))
 
 
 def paged_decode_attention(
@@ -242,10 +234,7 @@ def append_kv(
     """
     if format_name not in ("fp32", "bf16"):
         raise ValueError(f"a tail is fp32 or bf16, not {format_name!r}")
-    if k.dim() != 3 or k.shape != v.shape or k.dtype != v.dtype or k.dtype not in DTYPES:
-        raise ValueError("k and v must both be float32 or both bfloat16 [batch, num_kv_heads, head_dim]")
-    if k.stride(2) != 1 or v.stride(2) != 1:
-        raise ValueError("the last dimension of k and v must be contiguous")
+    check_kv(k, v)
     if any(x.shape != k.shape[:1] or x.dtype != torch.int32 or not x.is_contiguous() for x in (slot_ids, offsets)):
         raise ValueError(f"slot_ids and offsets must be contiguous int32 [{len(k)}]")
     if slots.dtype != torch.uint8 or slots.dim() != 2 or not slots.is_contiguous() or slots.data_ptr() % 4:
@@ -289,9 +278,7 @@ def _check_metadata(seq_segments, segments, block_table, num_kv_heads, head_dim,
         blocks = 0
         for s in range(seq_segments[b], seq_segments[b + 1]):
             code, num_tokens, first = segments[s, 0], segments[s, 1], segments[s, 2]
-            if code < FP32 or code > BFP8:
-                return 2
-            if (code in (INT8, FP8_E4M3) and head_dim < 64) or (code in (MXFP8, BFP8) and head_dim % GROUP):
+            if code < FP32 or code > BFP8 or not is_defined(code, head_dim):
                 return 2
             num_blocks = -(-num_tokens // TOKENS_PER_BLOCK[code])
             if num_tokens < 1 or first < 0 or first + num_blocks > block_table.shape[0]:
@@ -307,31 +294,22 @@ def _check_metadata(seq_segments, segments, block_table, num_kv_heads, head_dim,
 
 
 @functools.cache
-def _bodies() -> "Bodies":
+def _bodies() -> Bodies:
     """The kernels for both element types, compiled (or read from the cache) at the first call."""
 
-    @cfunc(cpu_team.JOB, cache=True)
+    @cpu_team.body
     def attend(job):
-        if job[0]:  # bfloat16 travels as its bits
-            _attend(job, np.uint16(0))
-        else:
-            _attend(job, ZERO)
+        by_dtype(_attend, job)
 
-    @cfunc(cpu_team.JOB, cache=True)
+    @cpu_team.body
     def merge(job):
-        if job[0]:
-            _merge_partials(job, np.uint16(0))
-        else:
-            _merge_partials(job, ZERO)
+        by_dtype(_merge_partials, job)
 
-    @cfunc(cpu_team.JOB, cache=True)
+    @cpu_team.body
     def append(job):
-        if job[0]:
-            _append(job, np.uint16(0))
-        else:
-            _append(job, ZERO)
+        by_dtype(_append, job)
 
-    return Bodies(*(cpu_team.Body(body.ctypes, body.address) for body in (attend, merge, append)))
+    return Bodies(attend, merge, append)
 
 
 @njit(**HELPER)
@@ -341,14 +319,8 @@ def _attend(job, tag):
     num_slots, slot_bytes = job[13], job[14]
     q = array_at(job[1], (batch, num_heads, head_dim), tag)
     out = array_at(job[2], (batch, num_heads, head_dim), tag)
-    views = (
-        array_at(job[3], (num_slots, slot_bytes), np.uint8(0)),
-        array_at(job[3], (num_slots, slot_bytes // 2), np.uint16(0)),
-        array_at(job[3], (num_slots, slot_bytes // 4), ZERO),
-        array_at(job[3], (num_slots, slot_bytes // FACE, FACE), np.uint8(0)),
-        array_at(job[3], (num_slots, slot_bytes // FACE, FACE // 4), ZERO),
-    )
-    sm_scale = float_of(job[4])
+    views = slot_views(job[3], num_slots, slot_bytes)
+    sm_scale = np.float32(word_float(job[4]))
     seq_segments = array_at(job[15], (batch + 1,), np.int32(0))
     segments = array_at(job[16], (job[6], 3), np.int32(0))
     block_table = array_at(job[17], (job[7],), np.int32(0))
@@ -371,7 +343,7 @@ def _run_worker(
     """Work through this worker's run of units, one (sequence, head) after the other."""
     group, head_dim = q.shape[1] // num_kv_heads, q.shape[2]
     panel, scores, query, spare = _working_memory(scratch[worker], scratch_u8[worker], group, head_dim)
-    unit, end = _share(worker, scratch.shape[0], seq_units)
+    unit, end = part_of(seq_units[-1], worker, scratch.shape[0])
     while unit < end:
         b, head, skip, blocks = _locate(unit, seq_units, num_kv_heads)
         count = min(blocks - skip, end - unit)
@@ -388,22 +360,15 @@ def _run_worker(
             for j in range(max(skip, 0), min(num_blocks, skip + count)):
                 tokens = min(tokens_per_block, num_tokens - j * tokens_per_block)
                 slot = block_table[first + j]
-                _decode_panel(code, views, slot, start, tokens, panel, spare)
+                decode_panel(code, views, slot, start, tokens, panel, spare)
                 _score(query, panel, tokens, scores)
                 _softmax(scores, tokens, acc, peaks, sums)
-                _decode_panel(code, views, slot, start + panel_bytes(code, head_dim), tokens, panel, spare)
+                decode_panel(code, views, slot, start + panel_bytes(code, head_dim), tokens, panel, spare)
                 _accumulate(scores, panel, tokens, acc)
             skip -= num_blocks
         if count == blocks:
             _finish(acc, sums, out[b, head * group : (head + 1) * group])
         unit += count
-
-
-@njit(**HELPER)
-def _share(worker, num_workers, seq_units):
-    """The run of units [begin, end) of a worker."""
-    total = seq_units[-1]
-    return total * worker // num_workers, total * (worker + 1) // num_workers
 
 
 @njit(**HELPER)
@@ -417,22 +382,15 @@ def _locate(unit, seq_units, num_kv_heads):
 
 @njit(**HELPER)
 def _working_memory(memory, memory_u8, group, head_dim):
-    """This worker's panel [32, head_dim], scores [group, 32], query [group, head_dim] and spare (see _decode_panel)."""
+    """This worker's panel [32, head_dim], scores [group, 32], query [group, head_dim] and spare (see cpu_panels)."""
     a = MAX_TOKENS_PER_BLOCK * head_dim
     b = a + group * MAX_TOKENS_PER_BLOCK
     c = b + group * head_dim
-    d = c + head_dim
     return (
         memory[:a].reshape(MAX_TOKENS_PER_BLOCK, head_dim),
         memory[a:b].reshape(group, MAX_TOKENS_PER_BLOCK),
         memory[b:c].reshape(group, head_dim),
-        (
-            memory[c:d],
-            memory[c : c + head_dim // GROUP * GROUP].reshape(head_dim // GROUP, GROUP),
-            memory[c : c + head_dim // FACE * FACE].reshape(head_dim // FACE, FACE),
-            memory_u8[4 * d : 4 * d + head_dim],
-            memory[d : d + head_dim // FACE * (FACE // 4)].reshape(head_dim // FACE, FACE // 4),
-        ),
+        spare_views(memory, memory_u8, c, head_dim),
     )
 
 
@@ -555,19 +513,19 @@ def _merge_partials(job, tag):
     out = array_at(job[2], (batch, num_heads, head_dim), tag)
     seq_units = array_at(job[18], (batch + 1,), np.int64(0))
     scratch = array_at(job[19], (num_workers, job[9]), ZERO)
+    total = seq_units[-1]
     for worker in range(num_workers - 1):
-        begin, end = _share(worker, num_workers, seq_units)
-        b, head, skip, blocks = _locate(min(end, seq_units[-1] - 1), seq_units, num_kv_heads)
+        begin, end = part_of(total, worker, num_workers)
+        b, head, skip, blocks = _locate(min(end, total - 1), seq_units, num_kv_heads)
         if begin == end or skip == 0 or end - skip < begin:
             continue  # no boundary inside a head, or the head began in an earlier run
         acc, peaks, sums = _partial(scratch[worker], 1, group, head_dim)
-        other = worker + 1
-        while _share(other, num_workers, seq_units)[0] < end - skip + blocks:
-            if _share(other, num_workers, seq_units)[0] < _share(other, num_workers, seq_units)[1]:
-                _merge(acc, peaks, sums, _partial(scratch[other], 0, group, head_dim))
-            other += 1
-            if other == num_workers:
+        for other in range(worker + 1, num_workers):
+            other_begin, other_end = part_of(total, other, num_workers)
+            if other_begin >= end - skip + blocks:
                 break
+            if other_begin < other_end:
+                _merge(acc, peaks, sums, _partial(scratch[other], 0, group, head_dim))
         _finish(acc, sums, out[b, head * group : (head + 1) * group])
 
 
@@ -580,101 +538,6 @@ def _merge(acc, peaks, sums, other):
             acc[g, i] = acc[g, i] * mine + other[0][g, i] * theirs
         sums[g] = sums[g] * mine + other[2][g] * theirs
         peaks[g] = peak
-
-
-@njit(**HELPER)
-def _decode_panel(code, views, slot, start, tokens, panel, spare):
-    """Decode one panel that starts at byte ``start`` of a slot, rounded up to whole UNROLLs of tokens.
-
-    The rows past the end repeat the last token, so that nothing undefined enters a sum. ``spare`` holds one token's
-    scales and bytes.
-    """
-    memory_u8, memory_u16, memory_f32 = views[0][slot], views[1][slot], views[2][slot]
-    scales, scales_32, scales_16, gathered_u8, gathered_f32 = spare
-    head_dim = panel.shape[1]
-    for t in range(-(-tokens // UNROLL) * UNROLL):
-        token = min(t, tokens - 1)
-        row = panel[t]
-        source = memory_u8[start + token * head_dim : start + (token + 1) * head_dim]
-        if code == FP32:
-            _load_values(memory_f32[start // 4 + token * head_dim : start // 4 + (token + 1) * head_dim], row)
-        elif code == BF16:
-            _load_values(memory_u16[start // 2 + token * head_dim : start // 2 + (token + 1) * head_dim], row)
-        elif code == INT8:
-            _load_int8(source, memory_f32[start // 4 + 8 * head_dim + token], row)
-        elif code == FP8_E4M3:
-            _fill(scales, memory_f32[start // 4 + 8 * head_dim + token])
-            _load_e4m3(source, scales, row)
-        elif code == MXFP8:
-            _spread_mxfp8(memory_u8[start + 32 * head_dim : start + 33 * head_dim], token, scales_32)
-            _load_e4m3(source, scales, row)
-        else:
-            first = start // FACE
-            _gather_bfp8(views[3][slot, first:], views[4][slot, first:], token, scales_16, gathered_f32)
-            _load_bfp8(gathered_u8, scales, row)
-
-
-@njit(**HELPER)
-def _fill(row, value):
-    for i in range(row.shape[0]):
-        row[i] = value
-
-
-@njit(**HELPER)
-def _load_values(source, row):
-    for i in range(row.shape[0]):
-        row[i] = to_f32(source[i])
-
-
-@njit(**HELPER)
-def _load_int8(source, scale, row):
-    for i in range(row.shape[0]):
-        row[i] = np.float32(np.int8(source[i])) * scale
-
-
-@njit(**HELPER)
-def _load_e4m3(source, scales, row):
-    for i in range(row.shape[0]):
-        byte = np.uint32(source[i])
-        magnitude = byte & np.uint32(0x7F)
-        normal = float_of((magnitude << np.uint32(20)) + np.uint32(120 << 23))  # exponent bias 7 -> 127
-        value = normal if magnitude >= np.uint32(8) else np.float32(magnitude) * E4M3_SUBNORMAL_STEP
-        value = value if magnitude < np.uint32(0x7F) else np.float32(np.nan)
-        row[i] = float_of(bits_of(value) | ((byte & np.uint32(0x80)) << np.uint32(24))) * scales[i]
-
-
-@njit(**HELPER)
-def _load_bfp8(source, scales, row):
-    for i in range(row.shape[0]):
-        byte = np.uint32(source[i])
-        size = np.float32(byte & np.uint32(0x7F)) * scales[i]
-        row[i] = float_of(bits_of(size) | ((byte & np.uint32(0x80)) << np.uint32(24)))
-
-
-@njit(**HELPER)
-def _spread_mxfp8(fields, token, scales):
-    """One token's scales [head_dim / 32, 32], each repeated for the dims that share it."""
-    for g in range(scales.shape[0]):
-        _fill(scales[g], _power_of_two(np.int64(fields[token * scales.shape[0] + g]) - 127))
-
-
-@njit(**HELPER)
-def _gather_bfp8(rows_u8, rows_f32, token, scales, gathered):
-    """One token's values, gathered from the faces of a panel in rows of 16 bytes, and their scales spread alike."""
-    for h in range(scales.shape[0]):
-        face = 2 * (token // FACE) + h % 2
-        tile = (h // 2) * TILE_ROWS
-        _fill(scales[h], _power_of_two(np.int64(rows_u8[tile + face, token % FACE]) - 133))
-        for i in range(FACE // 4):
-            gathered[h, i] = rows_f32[tile + 4 + FACE * face + token % FACE, i]
-
-
-@njit(**HELPER)
-def _power_of_two(exponent):
-    """2^exponent as float32, for -149..128 (128: infinity)."""
-    if exponent < -126:
-        return float_of(np.uint32(1) << np.uint32(exponent + 149))
-    return float_of(np.uint32(exponent + 127) << np.uint32(23))
 
 
 @njit(**HELPER)
@@ -712,7 +575,7 @@ def _store_token(source, target):
     peak = np.uint32(0)
     for i in range(target.shape[0]):
         value = to_f32(source[i])
-        peak = max(peak, bits_of(value) & MAGNITUDE)
+        peak = max(peak, np.uint32(bits_of(value) & MAGNITUDE))  # numba widens what & gives
         store_f32(target, i, value)
     return peak
 

@@ -1,6 +1,7 @@
-"""What the CPU kernels share: numba settings and scalar conversions that LLVM vectorizes.
+"""What the CPU kernels share: numba settings, memory by its address, element types and the KV formats.
 
-Tensors reach numba as numpy views of the same memory; bfloat16, which numpy lacks, travels as uint16 bits.
+A tensor reaches compiled code as an address, because making a numpy view costs more than a small kernel. bfloat16,
+which numpy lacks, is read and written as uint16 bits; all arithmetic is float32.
 """
 
 import numpy as np
@@ -31,13 +32,6 @@ def f32_to_bf16(value):
     return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
-def numpy_view(tensor: torch.Tensor) -> np.ndarray:
-    """A CPU tensor's own memory as numpy; bfloat16 as uint16 bits."""
-    if tensor.dtype == torch.bfloat16:
-        tensor = tensor.view(torch.uint16)
-    return tensor.detach().numpy()
-
-
 @intrinsic
 def pointer(typingctx, address, tag):
     """A typed pointer of an address; the element type is that of ``tag``."""
@@ -54,6 +48,9 @@ def array_at(address, shape, tag):
     return carray(pointer(address, tag), shape)
 
 
+DTYPES = (torch.bfloat16, torch.float32)  # what rows, K, V and queries may be
+LOG2_E = np.float32(1.4426950408889634)
+ROUND_TO_INTEGER = np.float32(12582912.0)  # 1.5 * 2^23: adding it leaves the nearest integer in the low bits, ties even
 INFINITY_BITS = np.uint32(0x7F800000)
 BF16_OVERFLOW_BITS = np.uint32(0x7F7F8000)  # from here on a float32 rounds to a bfloat16 infinity
 MAGNITUDE = np.uint32(0x7FFFFFFF)  # all but the sign
@@ -92,12 +89,37 @@ def panel_bytes(code: int, head_dim: int) -> int:
     return 32 * head_dim
 
 
+@register_jitable
+def is_defined(code: int, head_dim: int) -> bool:
+    """Whether heads of this size have a layout in the format."""
+    if code in (MXFP8, BFP8):
+        return head_dim % GROUP == 0
+    return code not in (INT8, FP8_E4M3) or head_dim >= 64
+
+
+def check_kv(k: torch.Tensor, v: torch.Tensor) -> None:
+    """Raise ValueError unless K and V are what every kernel that stores them reads."""
+    if k.dim() != 3 or k.shape != v.shape or k.dtype != v.dtype or k.dtype not in DTYPES:
+        raise ValueError(
+            f"k and v must both be float32 or both bfloat16 [num_tokens, num_kv_heads, head_dim], "
+            f"not {k.dtype} {list(k.shape)} and {v.dtype} {list(v.shape)}"
+        )
+    if k.stride(2) != 1 or v.stride(2) != 1:
+        raise ValueError("the last dimension of k and v must be contiguous")
+
+
+@njit(forceinline=True, **HELPER)
+def fill(row, value):
+    for i in range(row.shape[0]):
+        row[i] = value
+
+
 def to_f32(value):
-    """One element of a numpy view as float32, inside kernels: float32 itself, or bfloat16 bits."""
+    """One element of memory as float32, inside kernels: float32 itself, or bfloat16 bits."""
     raise NotImplementedError("only inside compiled kernels")
 
 
-@overload(to_f32)
+@overload(to_f32, inline="always")
 def _overload_to_f32(value):
     if isinstance(value, types.Integer):
         return lambda value: bf16_to_f32(value)
@@ -105,11 +127,11 @@ def _overload_to_f32(value):
 
 
 def store_f32(target, index, value):
-    """Store a float32 into a numpy view of float32, or rounded into one of bfloat16 bits, inside kernels."""
+    """Store a float32 into memory of float32, or rounded into memory of bfloat16 bits, inside kernels."""
     raise NotImplementedError("only inside compiled kernels")
 
 
-@overload(store_f32)
+@overload(store_f32, inline="always")
 def _overload_store_f32(target, index, value):
     if isinstance(target.dtype, types.Integer):
 

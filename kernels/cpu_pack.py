@@ -8,14 +8,14 @@ import functools
 
 import numpy as np
 import torch
-from numba import cfunc, njit
+from numba import njit
 
 from hmad_kernels import cpu_team
 from hmad_kernels.cpu_common import (
     BF16,
     BF16_OVERFLOW_BITS,
-    BFP8,
     COMPILE,
+    DTYPES,
     FACE,
     FORMAT_NAMES,
     FP8_E4M3,
@@ -26,16 +26,20 @@ from hmad_kernels.cpu_common import (
     INT8,
     MAGNITUDE,
     MXFP8,
+    ROUND_TO_INTEGER,
     TILE_ROWS,
     TOKENS_PER_BLOCK,
     array_at,
     bits_of,
+    check_kv,
     f32_to_bf16,
+    fill,
     float_of,
+    is_defined,
     panel_bytes,
     to_f32,
 )
-from hmad_kernels.cpu_team import share_of
+from hmad_kernels.cpu_team import by_dtype, share_of
 
 PARALLEL_VALUES = 1 << 14  # from here on more threads gain more than their start costs
 SMALLEST_NORMAL = np.float32(2.0**-126)
@@ -43,9 +47,7 @@ ONE = np.float32(1.0)
 INT8_MAX = np.float32(127.0)
 E4M3_MAX = np.float32(448.0)
 E4M3_MAX_EXPONENT = 8  # 448 = 1.75 * 2^8
-# Adding 1.5 * 2^23 rounds a small float32 to an integer, ties to even, in the low bits of the sum.
-ROUND_TO_INTEGER = np.float32(12582912.0)
-# Adding 2^14 does the same in steps of 2^-9, the spacing of E4M3 subnormals.
+# As ROUND_TO_INTEGER, in steps of 2^-9, the spacing of E4M3 subnormals.
 ROUND_TO_E4M3_SUBNORMAL = np.float32(16384.0)
 E4M3_MIN_NORMAL = np.float32(2.0**-6)
 
@@ -74,17 +76,11 @@ def _check(format_name: str, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
     if format_name not in FORMAT_NAMES:
         raise ValueError(f"unknown KV format {format_name!r}")
     code = FORMAT_NAMES.index(format_name)
-    if k.dim() != 3 or k.shape != v.shape or k.dtype != v.dtype or k.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(
-            f"k and v must both be float32 or both bfloat16 [num_tokens, num_kv_heads, head_dim], "
-            f"not {k.dtype} {list(k.shape)} and {v.dtype} {list(v.shape)}"
-        )
+    check_kv(k, v)
     if not (k.is_cpu and v.is_cpu and out.is_cpu):
         raise ValueError("k, v and out must be in CPU memory")
     num_tokens, num_heads, head_dim = k.shape
-    if k.stride(2) != 1 or v.stride(2) != 1:
-        raise ValueError("the last dimension of k and v must be contiguous")
-    if (code in (MXFP8, BFP8) and head_dim % GROUP) or (code in (INT8, FP8_E4M3) and head_dim < 64):
+    if not is_defined(code, head_dim):
         raise ValueError(f"format {format_name} is not defined for head_dim {head_dim}")
     num_blocks = -(-num_tokens // TOKENS_PER_BLOCK[code])
     shape = (num_blocks, 2 * num_heads * panel_bytes(code, head_dim))
@@ -99,14 +95,11 @@ def _check(format_name: str, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
 def _body() -> cpu_team.Body:
     """The kernel for both element types, compiled (or read from the cache) at the first call."""
 
-    @cfunc(cpu_team.JOB, cache=True)
+    @cpu_team.body
     def pack(job):
-        if job[0]:  # bfloat16 travels as its bits
-            _pack(job, np.uint16(0))
-        else:
-            _pack(job, np.float32(0))
+        by_dtype(_pack, job)
 
-    return cpu_team.Body(pack.ctypes, pack.address)
+    return pack
 
 
 @njit(**COMPILE)
@@ -133,7 +126,7 @@ def _pack(job, tag):
         for t in range(tokens_per_block):
             token = block * tokens_per_block + t
             if token >= num_tokens:
-                _fill(row, np.uint32(0))
+                fill(row, np.uint32(0))
             else:
                 first = token * token_stride + head * head_stride
                 _load_row(array_at(source, (first + head_dim,), tag)[first:], row)
@@ -154,14 +147,8 @@ def _peak(row):
     """The largest magnitude, as bits: they order as the values do, and every NaN is above infinity."""
     peak = np.uint32(0)
     for i in range(row.shape[0]):
-        peak = max(peak, row[i] & MAGNITUDE)
+        peak = max(peak, np.uint32(row[i] & MAGNITUDE))  # numba widens what & gives
     return peak
-
-
-@njit(**HELPER)
-def _fill(row, value):
-    for i in range(row.shape[0]):
-        row[i] = value
 
 
 @njit(**HELPER)
@@ -212,7 +199,7 @@ def _token_scale(peak, largest):
 @njit(**HELPER)
 def _store_int8(row, scale, target):
     if scale == 0:
-        _fill(target, np.uint8(0))
+        fill(target, np.uint8(0))
         return
     for i in range(row.shape[0]):
         target[i] = np.uint8(bits_of(float_of(row[i]) / scale + ROUND_TO_INTEGER))
@@ -233,7 +220,7 @@ def _e4m3(value):
 @njit(**HELPER)
 def _store_e4m3(row, scale, target):
     if scale == 0:
-        _fill(target, np.uint8(0))
+        fill(target, np.uint8(0))
         return
     for i in range(row.shape[0]):
         target[i] = _e4m3(float_of(row[i]) / scale)
@@ -247,7 +234,7 @@ def _scale_groups(row, inverse, scales):
         exponent = np.int64(peak >> np.uint32(23))
         scale = exponent - E4M3_MAX_EXPONENT if exponent > E4M3_MAX_EXPONENT else np.int64(0)
         scales[g] = np.uint8(scale)
-        _fill(inverse[g * GROUP : (g + 1) * GROUP], np.uint32(254 - scale) << np.uint32(23))
+        fill(inverse[g * GROUP : (g + 1) * GROUP], np.uint32(254 - scale) << np.uint32(23))
     for i in range(row.shape[0]):
         row[i] = bits_of(float_of(row[i]) * float_of(inverse[i]))
 
@@ -260,7 +247,7 @@ def _store_bfp8(row, shared, t, panel_u8, panel_u32):
     """
     for h in range(row.shape[0] // FACE):
         exponent = _peak(row[h * FACE : (h + 1) * FACE]) >> np.uint32(23)
-        _fill(shared[h * FACE : (h + 1) * FACE], exponent)
+        fill(shared[h * FACE : (h + 1) * FACE], exponent)
         face = 2 * (t // FACE) + h % 2
         panel_u8[((h // 2) * TILE_ROWS + face) * FACE + t % FACE] = np.uint8(exponent)
     for i in range(row.shape[0]):
@@ -287,6 +274,6 @@ def _bfp8(bits, shared):
 
 def warm_up() -> None:
     """Compile what is not in the cache yet."""
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in DTYPES:
         k = torch.zeros(1, 1, 32, dtype=dtype)
         pack_blocks("bfp8", k, k, torch.empty(1, 2 * 34 * 32, dtype=torch.uint8))

@@ -7,24 +7,34 @@ Many rows are shared out to torch's thread team.
 """
 
 import functools
-import struct
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from numba import cfunc, njit, types
-from numba.extending import intrinsic, overload
+from numba import njit, types
+from numba.extending import overload
 
 from hmad_kernels import cpu_team
-from hmad_kernels.cpu_common import COMPILE, REASSOCIATE, bf16_to_f32, f32_to_bf16
-from hmad_kernels.cpu_team import share_of
+from hmad_kernels.cpu_common import (
+    COMPILE,
+    DTYPES,
+    LOG2_E,
+    MAGNITUDE,
+    REASSOCIATE,
+    bf16_to_f32,
+    bits_of,
+    f32_to_bf16,
+    float_of,
+    pointer,
+    store_f32,
+    to_f32,
+)
+from hmad_kernels.cpu_team import by_dtype, float_word, share_of, word_float
 
 INT8_MAX = 127.0
 TINY_ROW = 2.0**-100  # rows below it quantize to zeros: 127 / max|x| must stay finite
-LOG2_E = np.float32(1.4426950408889634)
 LN_2 = np.float32(0.6931471805599453)
 PARALLEL_VALUES = 1 << 15  # from here on more threads gain more than their start costs
-DTYPES = (torch.bfloat16, torch.float32)
 ADD_RMS_NORM, SILU_MUL, QUANTIZE, QK_NORM_ROPE = range(4)
 
 
@@ -49,59 +59,16 @@ Product: TypeAlias = torch.Tensor | ScaledRows
 # --- jit helpers ------------------------------------------------------------------------------------------------------
 
 
-@intrinsic
-def pointer(typingctx, address, tag):
-    """A typed pointer of an address; the element type is that of ``tag``."""
-
-    def codegen(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(tag)(address, tag), codegen
-
-
-def load(rows, index):
-    """Element ``index`` as float32."""
-
-
 def rounded(value, rows):
     """A float32 rounded to the element type of ``rows``, still float32."""
-
-
-def store(rows, index, value):
-    """Round a float32 into element ``index``."""
-
-
-def _is_bf16(rows):
-    return rows.dtype == types.uint16
-
-
-@overload(load, inline="always")
-def _load(rows, index):
-    if _is_bf16(rows):
-        return lambda rows, index: bf16_to_f32(rows[index])
-    return lambda rows, index: rows[index]
+    raise NotImplementedError("only inside compiled kernels")
 
 
 @overload(rounded, inline="always")
-def _rounded(value, rows):
-    if _is_bf16(rows):
+def _overload_rounded(value, rows):
+    if isinstance(rows.dtype, types.Integer):
         return lambda value, rows: bf16_to_f32(f32_to_bf16(value))
     return lambda value, rows: np.float32(value)
-
-
-@overload(store, inline="always")
-def _store(rows, index, value):
-    if _is_bf16(rows):
-
-        def store_bf16(rows, index, value):
-            rows[index] = f32_to_bf16(value)
-
-        return store_bf16
-
-    def store_f32(rows, index, value):
-        rows[index] = np.float32(value)
-
-    return store_f32
 
 
 @njit(inline="always", **COMPILE)
@@ -120,7 +87,7 @@ def exp_f32(x):
 def sum_of_squares(rows, base, n):
     total = np.float32(0)
     for c in range(n):
-        v = load(rows, base + c)
+        v = to_f32(rows[base + c])
         total += v * v
     return total
 
@@ -134,7 +101,7 @@ def scale_of(scales_address, r):
 @njit(**COMPILE)
 def add_row(x, delta, base, n, scale):
     for c in range(n):
-        store(x, base + c, load(x, base + c) + rounded(load(delta, base + c) * scale, x))
+        store_f32(x, base + c, to_f32(x[base + c]) + rounded(to_f32(delta[base + c]) * scale, x))
 
 
 @njit(**COMPILE)
@@ -143,21 +110,21 @@ def norm_row(x, base, weight, n, eps, scale, row):
     mean = sum_of_squares(x, base, n) / np.float32(n) * scale * scale
     inverse = scale / np.sqrt(mean + np.float32(eps))
     for c in range(n):
-        row[c] = rounded(rounded(load(x, base + c) * inverse, x) * load(weight, c), x)
+        row[c] = rounded(rounded(to_f32(x[base + c]) * inverse, x) * to_f32(weight[c]), x)
 
 
 @njit(fastmath={"contract"}, **COMPILE)
 def silu_mul_row(gate_up, base, n, scale, row):
     for c in range(n):
-        gate = load(gate_up, base + c) * scale
+        gate = to_f32(gate_up[base + c]) * scale
         silu = rounded(gate / (np.float32(1) + exp_f32(-gate)), gate_up)
-        row[c] = rounded(silu * (load(gate_up, base + n + c) * scale), gate_up)
+        row[c] = rounded(silu * (to_f32(gate_up[base + n + c]) * scale), gate_up)
 
 
 @njit(**COMPILE)
 def store_row(row, n, y, base):
     for c in range(n):
-        store(y, base + c, row[c])
+        store_f32(y, base + c, row[c])
 
 
 @njit(fastmath=REASSOCIATE, **COMPILE)
@@ -165,8 +132,8 @@ def quantize_row(row, n, q, base):
     """Symmetric int8 of one row; returns its scale. The largest magnitude is found on bits, so a NaN is one too."""
     top = np.uint32(0)
     for c in range(n):
-        top = max(top, np.uint32(np.float32(row[c]).view(np.uint32) & np.uint32(0x7FFFFFFF)))
-    largest = np.uint32(top).view(np.float32)
+        top = max(top, np.uint32(bits_of(row[c]) & MAGNITUDE))  # numba widens what & gives
+    largest = float_of(top)
     inverse = np.float32(0) if largest < TINY_ROW else np.float32(INT8_MAX) / largest
     for c in range(n):
         q[base + c] = np.int8(np.int32(np.rint(row[c] * inverse)))
@@ -214,7 +181,7 @@ def _quantize(x_address, out_address, scales_address, begin, end, n, tag):
     row = np.empty(n, np.float32)
     for r in range(begin, end):
         for c in range(n):
-            row[c] = load(x, r * n + c)
+            row[c] = to_f32(x[r * n + c])
         emit_row(row, n, r, out_address, scales_address, tag)
 
 
@@ -222,10 +189,10 @@ def _quantize(x_address, out_address, scales_address, begin, end, n, tag):
 def rope_row(row, half, cos_sin, angle_base, x, base):
     """Rotate one normed head (float32 scratch) and store it; each product is rounded, as the unfused model does."""
     for c in range(half):
-        cos, sin = load(cos_sin, angle_base + c), load(cos_sin, angle_base + half + c)
+        cos, sin = to_f32(cos_sin[angle_base + c]), to_f32(cos_sin[angle_base + half + c])
         low, high = row[c], row[half + c]
-        store(x, base + c, rounded(low * cos, x) - rounded(high * sin, x))
-        store(x, base + half + c, rounded(high * cos, x) + rounded(low * sin, x))
+        store_f32(x, base + c, rounded(low * cos, x) - rounded(high * sin, x))
+        store_f32(x, base + half + c, rounded(high * cos, x) + rounded(low * sin, x))
 
 
 @njit(**COMPILE)
@@ -243,13 +210,13 @@ def _qk_norm_rope(qkv_address, scales_address, q_weight_address, k_weight_addres
             rope_row(row, head_dim // 2, cos_sin, r * head_dim, qkv, base)
         if scales_address:
             for c in range(num_rotated * head_dim, (num_rotated + num_kv_heads) * head_dim):
-                store(qkv, first + c, load(qkv, first + c) * scale)
+                store_f32(qkv, first + c, to_f32(qkv[first + c]) * scale)
 
 
 @njit(**COMPILE)
 def _run_share(job, tag):
-    """This thread's rows of a job. Words: kernel, type, rows, n, eps as bits, then what the kernel alone knows."""
-    kernel, n, eps = job[0], job[3], np.int64(job[4]).view(np.float64)
+    """This thread's rows of a job. Words: type, kernel, rows, n, eps, then what the kernel alone knows."""
+    kernel, n, eps = job[1], job[3], word_float(job[4])
     begin, end = share_of(job[2])
     if kernel == ADD_RMS_NORM:
         _add_rms_norm(job[5], job[6], job[7], job[8], job[9], job[10], begin, end, n, eps, tag)
@@ -265,14 +232,11 @@ def _run_share(job, tag):
 def _body() -> cpu_team.Body:
     """All kernels for both row types behind one entry, compiled (or read from the cache) at the first call."""
 
-    @cfunc(cpu_team.JOB, cache=True)
+    @cpu_team.body
     def body(job):
-        if job[1]:  # bfloat16 travels as its bits
-            _run_share(job, np.uint16(0))
-        else:
-            _run_share(job, np.float32(0))
+        by_dtype(_run_share, job)
 
-    return cpu_team.Body(body.ctypes, body.address)
+    return body
 
 
 # --- checked launchers ------------------------------------------------------------------------------------------------
@@ -287,15 +251,9 @@ def _check(like: torch.Tensor, *tensors: tuple[torch.Tensor, tuple[int, ...]]) -
         raise ValueError(f"rows must be bfloat16 or float32, not {like.dtype}")
 
 
-@functools.cache
-def _bits(eps: float) -> int:
-    (bits,) = struct.unpack("<q", struct.pack("<d", eps))
-    return int(bits)
-
-
 def _run(kernel: int, like: torch.Tensor, num_rows: int, n: int, eps: float, *words: int) -> None:
     """Launch on rows of the type of ``like``; ``words`` are the kernel's addresses and counts, 0 for none."""
-    job = (kernel, like.dtype == torch.bfloat16, num_rows, n, _bits(eps), *words)
+    job = (like.dtype == torch.bfloat16, kernel, num_rows, n, float_word(eps), *words)
     cpu_team.run(_body(), job, parallel=like.numel() >= PARALLEL_VALUES)
 
 

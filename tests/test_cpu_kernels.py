@@ -1,7 +1,11 @@
 """The CPU kernels over KV bytes, each beside its reference twin."""
 
+import hashlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +14,7 @@ from torch import Tensor
 
 from hmad.compute.codecs import decode, encode
 from hmad.facts.formats import FORMATS, KVFormat, KVGeometry
+from hmad_kernels import cpu_team
 from hmad_kernels.cpu_attention import (
     AttentionPlan,
     append_kv,
@@ -19,6 +24,7 @@ from hmad_kernels.cpu_attention import (
 )
 from hmad_kernels.cpu_common import FORMAT_NAMES, TOKENS_PER_BLOCK, panel_bytes
 from hmad_kernels.cpu_pack import pack_blocks
+from hmad_kernels.cpu_rows import add_rms_norm
 
 NUM_KV_HEADS = 2
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -404,3 +410,33 @@ def test_appending_refuses_a_raw_tail() -> None:
     k, ids = torch.zeros(1, 2, 64), torch.zeros(1, dtype=torch.int32)
     with pytest.raises(ValueError, match="fp32 or bf16"):
         append_kv(k, k, torch.zeros(1, 8704, dtype=torch.uint8), ids, ids, "int8")
+
+
+def shared_out_work() -> str:
+    """A digest of what kernels that share out their work give."""
+    k, v = wild_kv(203, 64, torch.float32)
+    packed = torch.empty_like(encode(FORMATS["bfp8"], k, v))
+    pack_blocks("bfp8", k, v, packed)
+    attended = paged([[("int8", 500), ("bf16", 9)], [("bf16", 2)], [("bfp8", 90)]], 64, 2, num_threads=3).run()
+    x = torch.randn(67, 512, generator=torch.Generator().manual_seed(3))
+    normed = add_rms_norm(x, None, torch.ones(512), 1e-6)
+    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in (packed, attended, normed))).hexdigest()
+
+
+WITHOUT_A_TEAM = """
+from pathlib import Path
+import torch
+read_text, maps = Path.read_text, Path("/proc/self/maps")
+Path.read_text = lambda path, *args: "" if path == maps else read_text(path, *args)
+from hmad_kernels import cpu_team
+from test_cpu_kernels import shared_out_work
+print(cpu_team.OPENMP, shared_out_work())
+"""
+
+
+def test_without_torchs_team_one_thread_does_the_same() -> None:
+    torch.set_num_threads(2)
+    alone = subprocess.run(
+        [sys.executable, "-c", WITHOUT_A_TEAM], cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True, check=True
+    )
+    assert alone.stdout.split() == ["None", shared_out_work()]

@@ -2,12 +2,14 @@
 
 import asyncio
 import signal
+from contextlib import nullcontext
+from dataclasses import replace
 from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from test_transport import NUM_SLOTS, PATIENCE_S, Decode, frame, linked, pair, random_kv, send, serving, until
+from test_transport import LIMITS, NUM_SLOTS, PATIENCE_S, Decode, frame, linked, pair, random_kv, send, serving, until
 
 from hmad.compute.device import PrefillResult, PrefillSequence
 from hmad.edges import node
@@ -73,7 +75,28 @@ async def test_decode_node_counts_its_errors_by_cause() -> None:
         await until(lambda: p.decode.failures == ["digest_mismatch", "RemoteProtocolError"])
 
 
+async def test_decode_node_tells_the_rate_of_a_transfer() -> None:
+    async with pair(rate=2e6) as p:
+        lease = await p.lease(8)
+        send(lease, random_kv(8))
+        await p.commit(lease)
+        assert p.decode.rates == [pytest.approx(2e6, rel=0.5)]
+
+
 # --- the prefill node ---
+
+
+async def test_prompt_beyond_the_peers_limit_never_leaves() -> None:
+    """Sent, it broke the session and every transfer on it, and again after each reconnection."""
+    decode = Decode(limits=replace(LIMITS, reserve_bytes=4 * 32))
+    async with serving(decode), linked(decode.port) as link:
+        await until(lambda: link.usable)
+        for num_tokens, outcome in ((33, pytest.raises(Denied, match="33 tokens")), (32, nullcontext())):
+            message = m.Reserve(bytes(16), 0, "fp32", num_tokens, 1, m.Sampling(3, 0.0, 1.0, 0, 0.0, 0.0, 0.0, 1.0))
+            with outcome:
+                lease = link.session.reserve(message, bytes(4 * num_tokens), Timeline("r", num_tokens, 0.0))
+                await asyncio.wait_for(lease.granted(), PATIENCE_S)
+        assert decode.failures == []
 
 
 def test_no_memory_for_a_history_costs_one_prompt_not_the_engine() -> None:

@@ -71,6 +71,10 @@ def identity(role: str, **changes: Any) -> NodeIdentity:
     return replace(node, **changes)
 
 
+def ignore(*_: Any) -> None:
+    pass
+
+
 class StubEngine:
     """Takes note of what joins; a step happens when a test says so."""
 
@@ -105,6 +109,7 @@ class Decode:
 
     def __init__(self, lease_s: float = LEASE_S, key: bytes | None = None, **changes: Any) -> None:
         self.failures: list[str] = []
+        self.rates: list[float] = []
         arena = Arena(GEOMETRY, NUM_SLOTS * GEOMETRY.num_layers * GEOMETRY.slot_bytes)
         self.arena = arena
         self.role = DecodeRole(
@@ -112,7 +117,7 @@ class Decode:
             FORMATS["bf16"],
             4096,
             1000,
-            DecodeCounters(lambda peer, size: None, lambda count: None, self.failures.append),
+            DecodeCounters(ignore, lambda peer, rate: self.rates.append(rate), ignore, self.failures.append),
         )
         self.engine = StubEngine(self.role)
         self.role.engine = cast(Any, self.engine)

@@ -53,6 +53,7 @@ class DecodeNode:
             model.config.vocab_size,
             DecodeCounters(
                 received=lambda peer, size: metrics.count_link_bytes(peer, "received", size),
+                rate=lambda peer, bytes_per_s: metrics.set_link_rate(peer, "received", bytes_per_s),
                 sent_tokens=metrics.output_tokens.inc,
                 failed=metrics.count_error,
             ),

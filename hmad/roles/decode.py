@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -48,6 +49,8 @@ class Holding:
     tail_slots: list[np.ndarray]  # one per choice
     running: dict[int, DecodeSequence] = field(default_factory=dict)  # by choice
     released: bool = False  # the wire is through with it
+    num_bytes: int = 0  # of KV that began to land
+    landing_since_s: float | None = None
 
     @property
     def all_slots(self) -> list[np.ndarray]:
@@ -59,6 +62,7 @@ class DecodeCounters:
     """Who counts what happens on this node."""
 
     received: Callable[[str, int], None]  # peer, bytes of a LAYER that begins to land
+    rate: Callable[[str, float], None]  # peer, bytes/s of a transfer's KV, its first byte to its last
     sent_tokens: Callable[[int], None]
     failed: Callable[[str], None]  # cause, one of our own words
 
@@ -124,6 +128,8 @@ class DecodeRole:
         holding = self._holdings[transfer]
         slots = holding.raw_slots[layer.first_block : layer.first_block + layer.num_blocks]
         size = len(slots) * self.arena.geometry.block_bytes(holding.format, layer.num_heads)
+        holding.num_bytes += size
+        holding.landing_since_s = holding.landing_since_s or time.monotonic()
         self._counters.received(holding.session.agreement.peer_node_id, size)
         return self.arena.landing(layer.layer, slots, holding.format, layer.first_head, layer.num_heads)
 
@@ -135,6 +141,7 @@ class DecodeRole:
         holding.running = {choice.index: self._sequence(holding, choice) for choice in commit.choices}
         for choice, sequence in holding.running.items():
             self._of_sequence[sequence] = (transfer, choice)
+        self._note_rate(holding, transfer.last_landed_s)
         # First the batch: a choice that was cancelled meanwhile can only be dropped from where it is.
         self.engine.join_batch(holding.running.values())
         session.committed(transfer)
@@ -185,6 +192,11 @@ class DecodeRole:
         per_choice = slots_per_choice(self._tail_format, params)
         tails = [self.arena.reserve(per_choice) for _ in range(message.num_choices)]
         self._holdings[transfer] = Holding(session, prompt_token_ids, params, fmt, raw, tails)
+
+    def _note_rate(self, holding: Holding, landed_s: float) -> None:
+        if holding.landing_since_s is not None and landed_s > holding.landing_since_s:
+            rate = holding.num_bytes / (landed_s - holding.landing_since_s)
+            self._counters.rate(holding.session.agreement.peer_node_id, rate)
 
     def _sequence(self, holding: Holding, choice: Choice) -> DecodeSequence:
         return DecodeSequence(

@@ -14,11 +14,12 @@ from hmad.facts.timeline import Timeline
 from hmad.transport.bulk import BulkSender, OutgoingLayer
 from hmad.transport.clock import ClockOffset
 from hmad.transport.connection import FrameConnection, set_no_delay
-from hmad.transport.lease import Lease
+from hmad.transport.lease import Denied, Lease
 from hmad.transport.liveness import HANDSHAKE_S, Liveness
 from hmad.transport.rate import Pacer
 from hmad.wire.frames import FrameReader, Received, encode_frame
 from hmad.wire.handshake import Agreement, NodeIdentity, PrefillHandshake, make_reject
+from hmad.wire.limits import PROMPT_TOKEN_BYTES
 from hmad.wire.messages import (
     Abort,
     AnyMessage,
@@ -26,6 +27,7 @@ from hmad.wire.messages import (
     Channel,
     Committed,
     Deny,
+    DenyReason,
     Drain,
     Grant,
     Landed,
@@ -225,7 +227,12 @@ class PrefillSession:
     # --- frames out ---
 
     def reserve(self, message: Reserve, prompt: bytes, timeline: Timeline) -> Lease:
-        """Ask for slots; the lease tells the answer."""
+        """Ask for slots; the lease tells the answer. Raises Denied where the peer has told that it takes no such prompt."""
+        most = self.agreement.limits.reserve_bytes
+        if len(prompt) > most:  # sent all the same, it would cost us the session
+            num_tokens, most_tokens = len(prompt) // PROMPT_TOKEN_BYTES, most // PROMPT_TOKEN_BYTES
+            why = f"the prompt has {num_tokens} tokens, decode node {self.peer_name} takes at most {most_tokens}"
+            raise Denied(Deny(message.transfer_id, message.epoch, DenyReason.NEVER_FITS, why, 0.0))
         lease = Lease(self, message, prompt, timeline)
         self._leases[message.transfer_id] = lease
         return lease
