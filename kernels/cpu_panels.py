@@ -132,7 +132,7 @@ def _spread_mxfp8(fields, token, scales):
         fill(scales[g], _power_of_two(np.int64(fields[token * scales.shape[0] + g]) - 127))
 
 
-@njit(**HELPER)
+@njit(forceinline=True, **HELPER)
 def _gather_bfp8(rows_u8, rows_f32, token, scales, gathered):
     """One token's values, gathered from the faces of a panel in rows of 16 bytes, and their scales spread alike."""
     for h in range(scales.shape[0]):
@@ -143,7 +143,7 @@ def _gather_bfp8(rows_u8, rows_f32, token, scales, gathered):
             gathered[h, i] = rows_f32[tile + 4 + FACE * face + token % FACE, i]
 
 
-@njit(forceinline=True, **HELPER)
+@njit(**HELPER)
 def _power_of_two(exponent):
     """2^exponent as float32, for -149..128 (128: infinity)."""
     if exponent < -126:

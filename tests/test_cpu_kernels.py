@@ -14,7 +14,6 @@ from torch import Tensor
 
 from hmad.compute.codecs import decode, encode
 from hmad.facts.formats import FORMATS, KVFormat, KVGeometry
-from hmad_kernels import cpu_team
 from hmad_kernels.cpu_attention import (
     AttentionPlan,
     append_kv,
@@ -427,7 +426,7 @@ WITHOUT_A_TEAM = """
 from pathlib import Path
 import torch
 read_text, maps = Path.read_text, Path("/proc/self/maps")
-Path.read_text = lambda path, *args: "" if path == maps else read_text(path, *args)
+Path.read_text = lambda path, *args, **options: "" if path == maps else read_text(path, *args, **options)
 from hmad_kernels import cpu_team
 from test_cpu_kernels import shared_out_work
 print(cpu_team.OPENMP, shared_out_work())

@@ -238,6 +238,8 @@ def test_metrics_tell_of_a_request(pair: Pair) -> None:
     pair.prefill.complete(PROMPT, max_tokens=5)
     assert {sample: pair.prefill.metric(sample) - value for sample, value in before.items()} == expected
     assert pair.decode.metric("hmad_arena_total_slots") == pair.decode.status["arena"]["total_slots"]
+    assert pair.decode.metric("hmad_output_tokens_total") == pair.decode.status["output_tokens"]
+    assert pair.decode.metric("hmad_link_bytes_per_second") > 0
 
 
 # --- several nodes ---

@@ -3,12 +3,12 @@
 import asyncio
 import signal
 from contextlib import nullcontext
-from dataclasses import replace
 from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from msgspec import structs
 from test_transport import LIMITS, NUM_SLOTS, PATIENCE_S, Decode, frame, linked, pair, random_kv, send, serving, until
 
 from hmad.compute.device import PrefillResult, PrefillSequence
@@ -88,7 +88,7 @@ async def test_decode_node_tells_the_rate_of_a_transfer() -> None:
 
 async def test_prompt_beyond_the_peers_limit_never_leaves() -> None:
     """Sent, it broke the session and every transfer on it, and again after each reconnection."""
-    decode = Decode(limits=replace(LIMITS, reserve_bytes=4 * 32))
+    decode = Decode(limits=structs.replace(LIMITS, reserve_bytes=4 * 32))
     async with serving(decode), linked(decode.port) as link:
         await until(lambda: link.usable)
         for num_tokens, outcome in ((33, pytest.raises(Denied, match="33 tokens")), (32, nullcontext())):

@@ -227,7 +227,7 @@ class PrefillSession:
     # --- frames out ---
 
     def reserve(self, message: Reserve, prompt: bytes, timeline: Timeline) -> Lease:
-        """Ask for slots; the lease tells the answer. Raises Denied where the peer has told that it takes no such prompt."""
+        """Ask for slots; the lease tells the answer. Raises Denied for a prompt beyond what the peer takes."""
         most = self.agreement.limits.reserve_bytes
         if len(prompt) > most:  # sent all the same, it would cost us the session
             num_tokens, most_tokens = len(prompt) // PROMPT_TOKEN_BYTES, most // PROMPT_TOKEN_BYTES
