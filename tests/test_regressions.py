@@ -140,6 +140,23 @@ async def test_failed_prefill_has_no_first_token() -> None:
     assert run.timeline.first_token_s is None
 
 
+async def test_nobody_computes_on_for_a_transfer_that_has_ended() -> None:
+    """A lease that ran out, or a decode node that died, while its prompt was computed."""
+    run = request_run()
+    submitted: list[RequestRun] = []
+    cast(Any, run._role).submit = submitted.append
+    ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    run.lease = cast(Any, SimpleNamespace(format="bf16", ended=ended))
+    prefill = asyncio.create_task(run._prefill())
+    await asyncio.sleep(0)
+    assert submitted == [run]
+    assert not run.sequence.cancelled
+    ended.set_exception(TransferAborted("lease_expired", "no KV came"))
+    with pytest.raises(TransferAborted, match="no KV came"):
+        await prefill
+    assert run.sequence.cancelled
+
+
 async def test_token_outside_the_vocabulary_never_reaches_the_client() -> None:
     run = request_run()
     assert run._token(m.TokenEntry(bytes(16), 0, 1, 99), b"").token_id == 99

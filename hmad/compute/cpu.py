@@ -59,7 +59,8 @@ class CpuPrefill:
             observer.layer_computed(LayerClock(layer_id, started_s[layer_id], time.monotonic()))
             for chunk, rows in packed:
                 self._ship(chunk, layer_id, k[rows], v[rows], observer)
-            return torch.cat([self._attend(chunk, layer_id, q[rows], k[rows], v[rows]) for chunk, rows in packed])
+            outs = [self._attend(chunk, layer_id, q[rows], k[rows], v[rows]) for chunk, rows in packed]
+            return torch.cat(outs) if len(outs) > 1 else outs[0]
 
         hidden = self.model.forward(packed.token_ids, packed.positions, attend, before_layer)
         result = self._sample_first(packed, hidden)

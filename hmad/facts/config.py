@@ -234,7 +234,9 @@ class Config(BaseModel):
         64, description="sequences in one decode step; more of them wait"
     )
     lease_s: Annotated[Seconds, OF_DECODE] = Field(
-        30.0, validation_alias="lease", description="how long reserved memory waits for the next KV frame"
+        300.0,
+        validation_alias="lease",
+        description="how long reserved memory waits for a living node's next KV frame; longer than any prefill",
     )
 
     # Last, so that its check sees every address.

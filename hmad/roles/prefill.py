@@ -3,10 +3,12 @@
 import asyncio
 import secrets
 import time
+from asyncio import FIRST_COMPLETED
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -257,12 +259,21 @@ class RequestRun:
         """Compute the prompt; its layers leave meanwhile. ``prefilled`` commits when the first tokens are known."""
         self.sequence.format = FORMATS[self.lease.format] if self.lease else None
         self._role.submit(self)
-        done = await asyncio.shield(self._done)
+        done = await self._done_or_abandoned()
         if done.sequence.error is not None:
             raise done.sequence.error
         if not done.first_tokens:
             raise LocalError("the prompt was cancelled before its first token")
         return done.first_tokens
+
+    async def _done_or_abandoned(self) -> PrefillDone:
+        """The prompt's end; or, when the decode node ends the transfer before it, why: then nobody needs the rest."""
+        ends: list[asyncio.Future[Any]] = [self._done, *([self.lease.ended] if self.lease else [])]
+        await asyncio.wait(ends, return_when=FIRST_COMPLETED)
+        if self.lease is not None and not self._done.done():
+            self.sequence.cancelled = True
+            self.lease.ended.result()
+        return self._done.result()
 
     def reserve_message(self, format_name: str) -> Reserve:
         return Reserve(

@@ -90,6 +90,7 @@ class Lease:
         self._choices: tuple[Choice, ...] | None = None  # to commit once the last LAYER has begun to leave
         self._gone = False  # the decode node has sent its terminal frame, or the session is lost
         self._answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # raises why, if badly
         self._tokens: asyncio.Queue[tuple[TokenEntry, bytes] | Exception] = asyncio.Queue()
         session.transfers.reserve(reserve)
         session.send(reserve, prompt)
@@ -182,7 +183,7 @@ class Lease:
     def token_received(self, entry: TokenEntry, extras: bytes) -> None:
         """An entry that ``transfers.tokens`` has accepted."""
         self._tokens.put_nowait((entry, extras))
-        if self._state is State.ENDED:
+        if self._state is State.ENDED and not self._gone:  # several choices may finish in one frame
             self._end(None)
 
     def session_lost(self, error: RemoteError) -> None:
@@ -238,5 +239,9 @@ class Lease:
         if not self._answer.done():
             self._answer.set_exception(error or RemoteError("the transfer ended before it was granted"))
             self._answer.exception()  # whoever waited has it; nobody need have
-        if error is not None:
-            self._tokens.put_nowait(error)
+        if error is None:
+            self.ended.set_result(None)
+            return
+        self._tokens.put_nowait(error)
+        self.ended.set_exception(error)
+        self.ended.exception()  # nobody need ask

@@ -129,7 +129,7 @@ class PeerLink:
             "format": session.agreement.format if session else None,
             "free_slots": self.free_slots,
             "total_slots": session.agreement.total_slots if session else None,
-            "clock_offset_s": session.clock.offset_s if session else None,
+            "clock_offset_s": session.clock.offset_s if session and session.clock.known else None,
         }
 
 
