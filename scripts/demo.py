@@ -37,7 +37,7 @@ READY_S, STOP_S, ANSWER_S = 120.0, 20.0, 120.0
 POLL_S = 0.05
 PICTURE_CHARS = 64
 
-QUESTION = "What is module json for?"
+QUESTION = "What is module math for?"
 SYSTEM = "You explain Python and its standard library."
 EARLIER_MODULES = ("shutil", "heapq", "textwrap", "random")  # about 1,000 tokens of docstrings
 
