@@ -103,6 +103,7 @@ class CpuPrefill:
     ) -> torch.Tensor:
         """Attention of one chunk over its own and, for a later chunk, the earlier KV, unquantized."""
         history = chunk.sequence.history
+        assert history is not None or (chunk.start == 0 and chunk.is_last), "a cut prompt needs a history"
         if history is not None:
             history.k[layer_id, chunk.start : chunk.end] = k
             history.v[layer_id, chunk.start : chunk.end] = v

@@ -13,16 +13,21 @@ CHUNK_ALIGN_TOKENS = 32
 
 
 def plan_prefill(waiting: Iterable[PrefillSequence], max_batch_tokens: int) -> list[PrefillChunk]:
-    """Fill a batch in order of arrival; a prompt that does not fit whole is cut at a block boundary."""
+    """Fill a batch in order of arrival; a prompt that does not fit whole is cut at a block boundary and ends the batch.
+
+    Only the last chunk can be of a cut prompt: whoever needs a history is easy to find.
+    """
     chunks: list[PrefillChunk] = []
     budget = max_batch_tokens
     for sequence in waiting:
         num_tokens = min(sequence.num_remaining, budget)
-        if num_tokens < sequence.num_remaining:
+        is_cut = num_tokens < sequence.num_remaining
+        if is_cut:
             num_tokens -= num_tokens % CHUNK_ALIGN_TOKENS
-        if num_tokens == 0:
+        if num_tokens:
+            chunks.append(PrefillChunk(sequence, num_tokens))
+        if is_cut:
             break
-        chunks.append(PrefillChunk(sequence, num_tokens))
         budget -= num_tokens
     return chunks
 

@@ -1,0 +1,215 @@
+"""The decisions of the scheduler, and the two engines with devices that only keep books."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from queue import Queue
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hmad.compute.batch import DecodeBatch
+from hmad.compute.device import KVHistory, PrefillChunk, PrefillObserver, PrefillResult, PrefillSequence
+from hmad.compute.sequence import DecodeSequence
+from hmad.facts.errors import HmadError, LocalError
+from hmad.facts.formats import FORMATS, KVGeometry, negotiate, preferred_formats
+from hmad.facts.sampling import SampledToken, SamplingParams
+from hmad.roles.engines import DecodeEngine, PrefillDone, PrefillEngine, PrefillListener, StepOutput
+from hmad.roles.scheduler import CHUNK_ALIGN_TOKENS, plan_prefill, rank_peers, slots_needed
+
+PATIENCE_S = 10
+GEOMETRY = KVGeometry(1, 1, 64)
+
+
+def prompt(num_tokens: int, num_computed: int = 0) -> PrefillSequence:
+    return PrefillSequence(range(num_tokens), SamplingParams(max_tokens=4), (0,), FORMATS["int8"], num_computed)
+
+
+# --- decisions ---
+
+
+@given(st.lists(st.integers(1, 300), max_size=8), st.integers(1, 8).map(lambda n: n * CHUNK_ALIGN_TOKENS))
+def test_batches_are_full_in_order_and_cut_at_block_boundaries(lengths: list[int], budget: int) -> None:
+    waiting = [prompt(length) for length in lengths]
+    chunks = plan_prefill(waiting, budget)
+    assert [chunk.sequence for chunk in chunks] == waiting[: len(chunks)]
+    assert sum(chunk.num_tokens for chunk in chunks) <= budget
+    assert all(chunk.num_tokens == len(chunk.sequence.prompt_token_ids) for chunk in chunks[:-1])
+    if chunks and not chunks[-1].is_last:
+        assert chunks[-1].num_tokens % CHUNK_ALIGN_TOKENS == 0
+    left = budget - sum(chunk.num_tokens for chunk in chunks)
+    assert len(chunks) == len(waiting) or left < CHUNK_ALIGN_TOKENS or not chunks[-1].is_last
+    assert bool(chunks) == bool(waiting)
+
+
+def test_a_later_chunk_goes_on_where_the_earlier_ended() -> None:
+    (chunk,) = plan_prefill([prompt(100, num_computed=64)], 64)
+    assert (chunk.start, chunk.end, chunk.is_last) == (64, 100, True)
+
+
+@dataclass(frozen=True)
+class Peer:
+    free_slots: int
+    usable: bool = True
+
+
+def test_the_emptiest_usable_peer_comes_first() -> None:
+    full, half, gone = Peer(1), Peer(5), Peer(9, usable=False)
+    assert rank_peers([full, gone, half]) == [half, full]
+
+
+def test_slots_are_the_prefix_once_and_a_tail_for_each_choice() -> None:
+    params = SamplingParams(max_tokens=18)  # 17 tokens of KV: two blocks of bf16
+    assert slots_needed(FORMATS["int8"], FORMATS["bf16"], 33, params, num_choices=3) == 2 + 3 * 2
+
+
+@pytest.mark.parametrize(("accepted", "chosen"), [(("bf16", "bfp8"), "bfp8"), (("bf16",), "bf16"), ((), None)])
+def test_the_first_common_format_is_taken(accepted: tuple[str, ...], chosen: str | None) -> None:
+    offered = tuple(fmt.name for fmt in preferred_formats("auto", "bfp8"))
+    assert negotiate(offered, accepted) == chosen
+    assert [fmt.name for fmt in preferred_formats("mxfp8", "bfp8")] == ["mxfp8"]
+
+
+# --- the prefill engine ---
+
+
+class CountingPrefill:
+    """Computes nothing; ``chunks`` are what it was given, batch by batch."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[tuple[int, int]]] = []
+
+    def new_history(self, num_tokens: int) -> KVHistory:
+        return KVHistory(GEOMETRY, num_tokens, torch.float32)
+
+    def prefill(self, chunks: Sequence[PrefillChunk], observer: PrefillObserver) -> PrefillResult:
+        self.batches.append([(len(chunk.sequence.prompt_token_ids), chunk.num_tokens) for chunk in chunks])
+        assert all(c.sequence.history is not None or (c.start == 0 and c.is_last) for c in chunks)
+        if any(len(chunk.sequence.prompt_token_ids) == 13 for chunk in chunks):
+            raise RuntimeError("unlucky")
+        result = PrefillResult({c.sequence: [SampledToken(7)] for c in chunks if c.is_last})
+        for chunk in chunks:
+            chunk.sequence.num_computed = chunk.end
+        return result
+
+
+def prefill_all(
+    device: CountingPrefill, *sequences: PrefillSequence, history_bytes: int = 1 << 30
+) -> list[PrefillDone]:
+    """Submit all at once, wait for the end of each."""
+    done: Queue[PrefillDone] = Queue()
+    listener = PrefillListener(lambda blocks: None, lambda chunks, clock: None, done.put)
+    engine = PrefillEngine(device, max_batch_tokens=64, history_bytes=history_bytes, listener=listener)
+    for sequence in sequences:
+        engine.submit(sequence)
+    engine.start()
+    results = [done.get(timeout=PATIENCE_S) for _ in sequences]
+    engine.stop()
+    assert engine.join(PATIENCE_S)
+    assert engine.backlog_tokens == 0
+    return results
+
+
+def test_prompts_are_packed_and_cut() -> None:
+    device = CountingPrefill()
+    done = prefill_all(device, prompt(20), prompt(100), prompt(10))
+    assert device.batches == [[(20, 20), (100, 32)], [(100, 64)], [(100, 4), (10, 10)]]
+    assert [len(d.sequence.prompt_token_ids) for d in done] == [20, 100, 10]
+    assert all(d.first_tokens == [SampledToken(7)] for d in done)
+    assert all(d.sequence.history is None for d in done)
+
+
+def test_a_cut_prompt_waits_for_the_history_of_another() -> None:
+    """Room for one history: the second long prompt is not begun in the batch that ends the first."""
+    device = CountingPrefill()
+    one_history = 100 * KVHistory.bytes_per_token(GEOMETRY, torch.float32)
+    prefill_all(device, prompt(100), prompt(100), history_bytes=one_history)
+    assert device.batches == [[(100, 64)], [(100, 36)], [(100, 64)], [(100, 36)]]
+
+
+def test_a_batch_that_fails_fails_its_prompts_and_no_other() -> None:
+    device = CountingPrefill()
+    unlucky, other = prefill_all(device, prompt(13), prompt(64))
+    assert isinstance(unlucky.sequence.error, LocalError)
+    assert "RuntimeError: unlucky" in str(unlucky.sequence.error)
+    assert other.sequence.error is None or isinstance(other.sequence.error, LocalError)
+    (later,) = prefill_all(CountingPrefill(), prompt(64))
+    assert later.sequence.error is None
+
+
+def test_a_cancelled_prompt_is_not_computed() -> None:
+    device, cancelled = CountingPrefill(), prompt(20)
+    cancelled.cancelled = True
+    first, second = prefill_all(device, cancelled, prompt(10))
+    assert device.batches == [[(10, 10)]]
+    assert {len(d.first_tokens) for d in (first, second)} == {0, 1}
+
+
+# --- the decode engine ---
+
+
+class CountingDecode:
+    """Each sequence's tokens count up; ``gate`` lets one step through at a time."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Semaphore(0)
+        self.batches: list[list[int]] = []
+
+    def decode_step(self, batch: DecodeBatch) -> list[SampledToken | HmadError]:
+        assert self.gate.acquire(timeout=PATIENCE_S)
+        self.batches.append([sequence.seed for sequence in batch.sequences])
+        return [SampledToken(sequence.output_token_ids[-1] + 1) for sequence in batch.sequences]
+
+
+def choice(seed: int, max_tokens: int) -> DecodeSequence:
+    empty = np.zeros(64, np.int32)
+    params = SamplingParams(max_tokens=max_tokens)
+    return DecodeSequence(empty, params, seed, (), FORMATS["bf16"], empty, [0])
+
+
+def test_sequences_join_and_leave_between_steps() -> None:
+    device, outputs = CountingDecode(), Queue[list[StepOutput]]()
+    engine = DecodeEngine(device, max_batch_size=2, deliver=outputs.put)
+    first, second, third = choice(1, 3), choice(2, 100), choice(3, 100)
+    engine.join_batch([first, second, third])
+    engine.start()
+    device.gate.release()
+    device.gate.release()
+    steps = [outputs.get(timeout=PATIENCE_S) for _ in range(2)]
+    assert [(o.sequence.seed, o.index, o.finish_reason) for step in steps for o in step] == [
+        (1, 1, None),
+        (2, 1, None),
+        (1, 2, "length"),
+        (2, 2, None),
+    ]
+    engine.drop([second])
+    device.gate.release()  # the step that is under way still has the dropped one in it
+    device.gate.release()
+    seen = [output for _ in range(3) for output in outputs.get(timeout=PATIENCE_S)]
+    assert [(o.sequence.seed, o.finish_reason) for o in seen if o.token is None] == [(2, "cancelled")]
+    assert device.batches[:2] == [[1, 2], [1, 2]]
+    assert device.batches[-1] == [3]
+    engine.drop([third])
+    device.gate.release()
+    engine.stop()
+    assert engine.join(PATIENCE_S)
+
+
+def test_a_step_that_fails_fails_its_sequences() -> None:
+    class Broken:
+        def decode_step(self, batch: DecodeBatch) -> list[SampledToken | HmadError]:
+            raise RuntimeError("out of luck")
+
+    outputs = Queue[list[StepOutput]]()
+    engine = DecodeEngine(Broken(), max_batch_size=2, deliver=outputs.put)
+    engine.join_batch([choice(1, 3)])
+    engine.start()
+    (output,) = outputs.get(timeout=PATIENCE_S)
+    assert isinstance(output.error, LocalError)
+    assert "out of luck" in str(output.error)
+    engine.stop()
+    assert engine.join(PATIENCE_S)
+    assert engine.num_running == 0
