@@ -354,3 +354,16 @@ def test_port_in_use_is_one_clear_line(pair: Pair, model: Path) -> None:
         assert f"127.0.0.1:{port}" in complaints[0]
         assert "Traceback" not in daemon.log
         daemon.kill()
+
+
+def test_dummy_weights_an_emulated_precision_and_a_restricted_decode_node(model: Path) -> None:
+    """What each end may choose by itself: --load-format, --precision, --accept-formats."""
+    decode = DecodeDaemon(model, load_format="dummy", accept_formats="bfp8,bf16")
+    prefill = PrefillDaemon(model, [decode], load_format="dummy", precision="fp8")
+    with running(decode, prefill):
+        assert prefill.status["emulated"]
+        assert not decode.status["emulated"]
+        assert prefill.status["decode_nodes"][0]["format"] == "bf16"  # fp8_e4m3 is not taken, bf16 is the next best
+        answer = prefill.complete(PROMPT, max_tokens=4, temperature=0, ignore_eos=True)
+        assert answer.json["usage"]["completion_tokens"] == 4
+        decode.wait_until_empty()
