@@ -8,7 +8,7 @@ from hmad.compute.arena import Arena
 from hmad.compute.cpu import CpuDecode
 from hmad.edges.api import RoleServices
 from hmad.edges.metrics import Metrics
-from hmad.edges.node import SHUTDOWN_S, NodeModel, common_status, in_passing_thread, load_warm_model
+from hmad.edges.node_model import SHUTDOWN_S, NodeModel, common_status, in_passing_thread, load_warm_model
 from hmad.facts.config import Config
 from hmad.facts.formats import FORMATS
 from hmad.facts.keys import load_api_keys

@@ -3,39 +3,20 @@
 import asyncio
 import gc
 import logging
-import secrets
 import signal
-import socket
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol
 
 import numba
 import torch
 import uvloop
 from aiohttp import web
 
-from hmad import __version__
-from hmad.compute.checkpoint import ModelConfig, fingerprint, read_config
-from hmad.compute.cpu import EMULATED_PRECISIONS, warm_up
-from hmad.compute.model import Qwen3, load_model
 from hmad.edges.api import RoleServices, build_app
+from hmad.edges.node_model import SHUTDOWN_S, open_model
 from hmad.facts.config import Config
 from hmad.facts.errors import ConfigError
-from hmad.facts.formats import FORMATS, KVGeometry, preferred_formats
-from hmad.facts.keys import load_cluster_key
-from hmad.wire.frames import DIGEST_NONE
-from hmad.wire.handshake import NodeIdentity
-from hmad.wire.messages import Limits
 
 log = logging.getLogger(__name__)
-
-# What we are willing to receive. LAYERs land in leased slots, so their bound costs no memory.
-MAX_LAYER_BYTES = 1 << 30
-MAX_TOKENS_BYTES = 64 << 20
-SHUTDOWN_S = 5.0
 
 
 class Node(Protocol):
@@ -46,17 +27,6 @@ class Node(Protocol):
     async def start(self) -> None: ...
 
     async def stop(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class NodeModel:
-    """The model as both roles need it, and who this node says it is."""
-
-    config: ModelConfig
-    geometry: KVGeometry
-    max_model_len: int
-    identity: NodeIdentity
-    cluster_key: bytes | None
 
 
 def run(config: Config) -> int:
@@ -100,19 +70,6 @@ def exempt_from_collection() -> None:
     gc.freeze()
 
 
-T = TypeVar("T")
-
-
-async def in_passing_thread(function: Callable[[], T]) -> T:
-    """Run heavy set-up work in a thread that ends with it.
-
-    Its OpenMP team ends then, too. A team that idles on would count as busy, and the engine's own team, two threads on
-    two cores, would put itself to sleep at every barrier: a decode step of a small model then takes twice the time.
-    """
-    with ThreadPoolExecutor(1) as executor:
-        return await asyncio.get_running_loop().run_in_executor(executor, function)
-
-
 async def build(config: Config) -> Node:
     """Load the model and make the role. Raises ModelError or ConfigError."""
     # Each role imports only what it needs, and only when it is the one.
@@ -125,57 +82,6 @@ async def build(config: Config) -> Node:
     return await PrefillNode.build(config, open_model(config))
 
 
-def load_warm_model(config: Config) -> Qwen3:
-    """The weights, and every kernel compiled, so that the first request waits for neither."""
-    model = load_model(config.model, config.precision, config.load_format, config.dummy_seed)
-    warm_up()
-    return model
-
-
-def open_model(config: Config) -> NodeModel:
-    """Everything about the model but its weights. Raises ModelError or ConfigError."""
-    model = read_config(Path(config.model))
-    max_model_len = config.max_model_len or model.max_position_embeddings
-    if max_model_len > model.max_position_embeddings:
-        raise ConfigError(
-            f"--max-model-len {max_model_len} is beyond the model's {model.max_position_embeddings} positions"
-        )
-    geometry = KVGeometry(model.num_layers, model.num_kv_heads, model.head_dim)
-    key = load_cluster_key(config.cluster_key_file) if config.cluster_key_file else None
-    return NodeModel(model, geometry, max_model_len, make_identity(config, model, geometry, max_model_len), key)
-
-
-def make_identity(config: Config, model: ModelConfig, geometry: KVGeometry, max_model_len: int) -> NodeIdentity:
-    """Who this node says it is. A node that wants digests takes no peer that sends none."""
-    return NodeIdentity(
-        node_id=f"{socket.gethostname()[:40]}-{config.role}-{config.port}",
-        boot_id=secrets.token_bytes(16),
-        role=config.role,
-        version=__version__,
-        fingerprint=fingerprint(Path(config.model), config.load_format, config.dummy_seed),
-        geometry=geometry,
-        first_head=0,
-        num_heads=geometry.num_kv_heads,
-        formats=offered_formats(config, geometry),
-        limits=Limits(layer_bytes=MAX_LAYER_BYTES, reserve_bytes=4 * max_model_len, tokens_bytes=MAX_TOKENS_BYTES),
-        digests=(config.digest,) if config.digest != DIGEST_NONE else (DIGEST_NONE, "xxh3-128"),
-    )
-
-
-def offered_formats(config: Config, geometry: KVGeometry) -> tuple[str, ...]:
-    """The KV formats a prefill node sends, best first, or a decode node reads; those that this head_dim allows."""
-    if config.role == "decode":
-        wanted = [FORMATS[name] for name in config.accept_formats]
-    else:
-        wanted = preferred_formats(config.kv_format, config.precision)
-    formats = tuple(fmt.name for fmt in wanted if fmt.fits(geometry.head_dim))
-    if not formats:
-        raise ConfigError(
-            f"none of the KV formats asked for is defined for this model's head_dim of {geometry.head_dim}"
-        )
-    return formats
-
-
 async def start_rest(runner: web.AppRunner, host: str, port: int) -> None:
     """Listen for REST. Raises ConfigError when the port cannot be had."""
     await runner.setup()
@@ -183,17 +89,3 @@ async def start_rest(runner: web.AppRunner, host: str, port: int) -> None:
         await web.TCPSite(runner, host, port).start()
     except OSError as error:
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
-
-
-def common_status(config: Config, model: NodeModel) -> dict[str, Any]:
-    """What /status says on both roles."""
-    return {
-        "role": config.role,
-        "version": __version__,
-        "node_id": model.identity.node_id,
-        "precision": config.precision,
-        "emulated": config.precision in EMULATED_PRECISIONS,
-        "kv_formats": model.identity.formats,
-        "max_model_len": model.max_model_len,
-        "model_fingerprint": model.identity.fingerprint.hex(),
-    }

@@ -14,7 +14,7 @@ from hmad.compute.tokenizer import Tokenizer
 from hmad.edges.api import RoleServices
 from hmad.edges.completions import ServedModel
 from hmad.edges.metrics import Metrics
-from hmad.edges.node import SHUTDOWN_S, NodeModel, common_status, in_passing_thread, load_warm_model
+from hmad.edges.node_model import SHUTDOWN_S, NodeModel, common_status, in_passing_thread, load_warm_model
 from hmad.facts.config import Config
 from hmad.facts.formats import FORMATS, KVGeometry
 from hmad.facts.keys import load_api_keys
