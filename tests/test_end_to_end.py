@@ -255,6 +255,7 @@ def test_nodes_are_many_to_many(model: Path) -> None:
     both = PrefillDaemon(model, [small, large])
     other = PrefillDaemon(model, [large])
     with running(small, large, both, other), ThreadPoolExecutor(2) as clients:
+        wait_for(lambda: all(node["usable"] for node in both.status["decode_nodes"]))  # one suffices for /health
         both.complete(PROMPT, max_tokens=2)
         assert [small.status["output_tokens"], large.status["output_tokens"]] == [0, 1]  # the emptier one
         answers = list(clients.map(lambda _: both.complete(**request), range(2)))
