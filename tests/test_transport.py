@@ -581,15 +581,18 @@ async def test_full_staging_holds_the_engine_and_nothing_grows() -> None:
                 staged = replace(blocks, payload=staging.page(page).data, release=partial(staging.release, page))
                 handed_over.append((blocks.layer_id, blocks.first_block))
                 loop.call_soon_threadsafe(lease.send_blocks, staged)
+            loop.call_soon_threadsafe(all_given.set)  # behind the blocks, as the engine's last word is
 
         p.proxy.bulk.clear()
+        all_given = asyncio.Event()
         thread = threading.Thread(target=engine)
         thread.start()
         await until(lambda: len(handed_over) == staging.num_pages)
         await asyncio.sleep(0.1)
         assert len(handed_over) == staging.num_pages
         p.proxy.bulk.set()
-        await until(lambda: not thread.is_alive())
+        await asyncio.wait_for(all_given.wait(), PATIENCE_S)
+        thread.join()
         (sequence,) = await p.commit(lease)
         np.testing.assert_array_equal(p.decode.stored(sequence, BFP8), kv)
         assert staging.free_pages == staging.num_pages
