@@ -595,7 +595,7 @@ async def test_full_staging_holds_the_engine_and_nothing_grows() -> None:
         thread.join()
         (sequence,) = await p.commit(lease)
         np.testing.assert_array_equal(p.decode.stored(sequence, BFP8), kv)
-        assert staging.free_pages == staging.num_pages
+        await until(lambda: staging.free_pages == staging.num_pages)
 
 
 # --- the rate cap ---
