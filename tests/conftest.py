@@ -25,12 +25,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.freeze()
 
 
-class Sweeps:
-    """CPU time of this thread's garbage collections: they walk what a thousand tests have left, and hit anyone."""
+class Sweeps(threading.local):
+    """CPU time of each thread's garbage collections: they walk what a thousand tests have left, and hit anyone."""
 
-    def __init__(self) -> None:
-        self.spent_s = 0.0
-        self._thread = threading.get_ident()
+    spent_s = 0.0
 
     def __enter__(self) -> None:
         gc.callbacks.append(self._count)
@@ -39,8 +37,7 @@ class Sweeps:
         gc.callbacks.remove(self._count)
 
     def _count(self, phase: str, info: dict[str, int]) -> None:
-        if threading.get_ident() == self._thread:
-            self.spent_s += time.thread_time() * (1 if phase == "stop" else -1)
+        self.spent_s += time.thread_time() * (1 if phase == "stop" else -1)
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection
 from pathlib import Path
@@ -198,14 +198,15 @@ def wait_for(look: Callable[[], Any], describe: Callable[[], str] = str) -> Any:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    while True:
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", random.choice(PORTS)))
-            except OSError:
-                continue
-            return int(probe.getsockname()[1])
+    """A TCP port that nobody listens on, and that was not given out before: its daemon may be yet to start."""
+    for port in _unused_ports:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("every port was used")
+
+
+_unused_ports = iter(random.sample(PORTS, len(PORTS)))
 
 
 def clean_environment() -> dict[str, str]:
