@@ -76,19 +76,30 @@ class Daemon:
         """Wait for a process that ends by itself; its exit code."""
         return self._process.wait(ANSWER_S)
 
+    def signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
     def stop(self) -> None:
         """Stop as an operator does: SIGTERM, exit code 0, nothing unforeseen in the log."""
-        self._process.send_signal(signal.SIGTERM)
+        self.signal(signal.SIGTERM)
+        self.wait_stopped()
+
+    def wait_stopped(self) -> None:
+        """It was asked to stop: exit code 0, nothing unforeseen in the log."""
         code = self._process.wait(STOP_S)
         assert code == 0, f"exit code {code}:\n{self.log}"
         assert "Traceback" not in self.log, self.log
 
     def kill(self) -> None:
         """Whatever happened, leave no process behind."""
+        self.die()
+        self._log.close()
+
+    def die(self) -> None:
+        """SIGKILL; may be started again."""
         if self._process.poll() is None:
             self._process.kill()
             self._process.wait()
-        self._log.close()
 
     @property
     def log(self) -> str:

@@ -3,8 +3,10 @@
 import asyncio
 import json
 import threading
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,8 @@ CHAT_TEMPLATE = (
     "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
 
-Step = TokenEvent | Exception | asyncio.Event
+NODE_LOST = "node lost"  # the request is placed again: every choice begins anew
+Step = TokenEvent | Exception | asyncio.Event | str
 Script = Callable[[GenerationRequest], Sequence[Step]]
 
 
@@ -54,8 +57,8 @@ def character_of_byte(byte: int) -> str:
 def events_of(text: str | bytes, choice: int = 0, finish: str = "stop") -> list[TokenEvent]:
     """One event per byte; ``stop`` ends with EOS, ``length`` with the last byte."""
     token_ids = list(text.encode() if isinstance(text, str) else text) + [EOS] * (finish == "stop")
-    events = [TokenEvent(choice, SampledToken(token_id, *extras_of(token_id))) for token_id in token_ids]
-    return [*events[:-1], TokenEvent(choice, events[-1].token, finish)]
+    events = [TokenEvent(choice, 0, SampledToken(token_id, *extras_of(token_id))) for token_id in token_ids]
+    return [*events[:-1], replace(events[-1], finish_reason=finish)]
 
 
 def extras_of(token_id: int) -> tuple[TokenLogprobs, bytes]:
@@ -64,7 +67,7 @@ def extras_of(token_id: int) -> tuple[TokenLogprobs, bytes]:
 
 
 class ScriptedGeneration:
-    """Plays a script: events come, exceptions are raised, an asyncio.Event is waited for."""
+    """Plays a script: events come, numbered, exceptions are raised, an asyncio.Event is waited for."""
 
     request_id = "scripted"
 
@@ -73,14 +76,18 @@ class ScriptedGeneration:
         self._stopped = stopped
 
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
+        indexes: defaultdict[int, int] = defaultdict(int)  # of each choice's next token
         for step in self._steps:
             await asyncio.sleep(0)
             if isinstance(step, Exception):
                 raise step
             if isinstance(step, asyncio.Event):
                 await step.wait()
+            elif isinstance(step, TokenEvent):
+                yield replace(step, index=indexes[step.choice])
+                indexes[step.choice] += 1
             else:
-                yield step
+                indexes.clear()
 
     def stop_choice(self, choice: int) -> None:
         self._stopped.append(choice)

@@ -16,6 +16,7 @@ from fake_generator import (
     END_THINK,
     EOS,
     IM_END,
+    NODE_LOST,
     THINK,
     VOCAB_SIZE,
     ScriptedGenerator,
@@ -290,7 +291,7 @@ async def test_the_end_token_is_counted_but_not_shown(edge: Edge) -> None:
 
 async def test_reasoning_is_counted(edge: Edge) -> None:
     edge.generator.script = lambda request: [
-        *(TokenEvent(0, SampledToken(token_id)) for token_id in (THINK, 97, 98, END_THINK)),
+        *(TokenEvent(0, 0, SampledToken(token_id)) for token_id in (THINK, 97, 98, END_THINK)),
         *events_of("c"),
     ]
     _, answer = await edge.post("/v1/chat/completions", {"messages": CHAT})
@@ -315,11 +316,25 @@ def test_a_model_without_marks_does_not_reason() -> None:
     assert counter.num_tokens == 0
 
 
+# --- A decode node is lost -----------------------------------------------------------------------------------------
+
+
+async def test_whole_answer_begins_anew_where_it_is_placed_again(edge: Edge) -> None:
+    """What came from the lost node is forgotten, but for the choices that it had finished."""
+    first = [*events_of("done", 0), *events_of("gone", 1)[:3]]
+    edge.generator.script = lambda request: [*first, NODE_LOST, *events_of("hello", 1)]
+    answer = await edge.complete(n=2, return_token_ids=True)
+    assert [choice["text"] for choice in answer["choices"]] == ["done", "hello"]
+    assert answer["choices"][1]["token_ids"] == [*b"hello", EOS]
+    assert answer["usage"]["completion_tokens"] == 5 + 6
+    assert [request.streamed for request in edge.generator.requests] == [False]
+
+
 # --- What is asked for besides ------------------------------------------------------------------------------------
 
 
 async def test_logprobs_of_a_completion(edge: Edge) -> None:
-    skipped = TokenEvent(0, SampledToken(IM_END, *extras_of(IM_END)))
+    skipped = TokenEvent(0, 0, SampledToken(IM_END, *extras_of(IM_END)))
     edge.generator.script = lambda request: [skipped, *events_of("a€b", finish="length")]
     logprobs = (await edge.complete(logprobs=2))["choices"][0]["logprobs"]
     assert logprobs["tokens"] == ["<|im_end|>", "a", r"bytes:\xe2", r"bytes:\x82", r"bytes:\xac", "b"]

@@ -209,6 +209,7 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "dummy_seed": ("7", 7),
     "max_model_len": ("4096", 4096),
     "digest": ("none", "none"),
+    "drain_timeout": ("2.5", 2.5),
     "log_level": ("debug", "debug"),
     "peer": ("127.0.0.1:1,localhost:2", (("127.0.0.1", 1), ("localhost", 2))),
     "kv_format": ("mxfp8", "mxfp8"),

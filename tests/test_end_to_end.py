@@ -3,7 +3,6 @@
 import base64
 import itertools
 import os
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -268,26 +267,38 @@ def test_nodes_are_many_to_many(model: Path) -> None:
         large.wait_until_empty()
 
 
-def test_absent_peer_and_full_queue(model: Path) -> None:
-    """/health says who is missing; one request waits, the next is refused at once; the peer comes and all is well."""
-    decode = DecodeDaemon(model, arena_bytes="1M")
-    prefill = PrefillDaemon(model, [decode], max_queue=1)
-    with running(prefill, healthy=False), ThreadPoolExecutor(1) as clients:
+def test_absent_peer(model: Path) -> None:
+    """/health says who is missing, requests are refused soon; the peer comes and all is well."""
+    decode = DecodeDaemon(model)
+    prefill = PrefillDaemon(model, [decode])
+    with running(prefill, healthy=False):
         assert f"nobody listens on {decode.peer}" in wait_for(lambda: reason_without_peer(prefill))
-        waiting = clients.submit(prefill.complete, PROMPT, max_tokens=3)
+        refused = prefill.complete(PROMPT, max_tokens=3)
+        assert (refused.status, refused.json["error"]["code"]) == (503, "no_decode_node")
+        assert decode.peer in refused.json["error"]["message"]
+        assert int(refused.headers["Retry-After"]) >= 1
+        with running(decode):
+            prefill.wait_until("/health", 200)
+            assert len(prefill.complete(PROMPT, max_tokens=3).choices[0]["token_ids"]) == 3
+        prefill.wait_until("/health", 503)
+
+
+def test_full_peer_and_full_queue(model: Path) -> None:
+    """While the arena is full one request waits, the next is refused at once; one that never fits is told so."""
+    decode = DecodeDaemon(model, arena_bytes="3M")
+    prefill = PrefillDaemon(model, [decode], max_queue=1)
+    with running(decode, prefill), ThreadPoolExecutor(2) as clients:
+        answers = [clients.submit(prefill.complete, PROMPT, max_tokens=1800)]
+        wait_for(lambda: decode.used_slots > 0)
+        answers.append(clients.submit(prefill.complete, PROMPT, max_tokens=1700))
         wait_for(lambda: prefill.status["waiting"] == 1)
-        start_s = time.monotonic()
         refused = prefill.complete(PROMPT, max_tokens=3)
         assert (refused.status, refused.json["error"]["code"]) == (429, "queue_full")
         assert int(refused.headers["Retry-After"]) >= 1
-        assert time.monotonic() - start_s < 1
-        with running(decode):
-            prefill.wait_until("/health", 200)
-            assert len(waiting.result().choices[0]["token_ids"]) == 3
-            never = prefill.complete(PROMPT, max_tokens=1800)
-            assert (never.status, never.json["error"]["code"]) == (400, "never_fits")
-            decode.wait_until_empty()
-        prefill.wait_until("/health", 503)
+        assert [len(answer.result().choices[0]["token_ids"]) for answer in answers] == [1800, 1700]
+        never = prefill.complete(PROMPT, max_tokens=1800, n=8)
+        assert (never.status, never.json["error"]["code"]) == (400, "never_fits")
+        decode.wait_until_empty()
 
 
 # --- refusals ---

@@ -21,7 +21,7 @@ from hmad.facts.requests import GenerationRequest
 from hmad.facts.sampling import SamplingParams
 from hmad.facts.timeline import LayerTimes, Timeline
 from hmad.roles.engines import PrefillDone, PrefillEngine, PrefillListener
-from hmad.roles.prefill import RequestRun
+from hmad.roles.placement import Placement
 from hmad.transport import liveness
 from hmad.transport.lease import Denied
 from hmad.wire import messages as m
@@ -129,40 +129,41 @@ def ignore(*_: Any) -> None:
     pass
 
 
-def request_run() -> RequestRun:
-    role = cast(Any, SimpleNamespace(settings=SimpleNamespace(vocab_size=100, transfer_after=False)))
-    return RequestRun(role, GenerationRequest((1, 2), SamplingParams(max_tokens=3), (0,)))
+def placement() -> Placement:
+    host = cast(Any, SimpleNamespace(vocab_size=100, transfer_after=False))
+    request = GenerationRequest((1, 2), SamplingParams(max_tokens=3), (0,), streamed=True)
+    return Placement(host, request, (0,), bytes(16), 0, Timeline("r", 2, 0.0))
 
 
 async def test_failed_prefill_has_no_first_token() -> None:
-    run = request_run()
-    run.sequence.error = LocalError("broken")
-    run.prefilled(PrefillDone(run.sequence, [], 5.0))
-    assert run.timeline.first_token_s is None
+    failed = placement()
+    failed.sequence.error = LocalError("broken")
+    failed.prefilled(PrefillDone(failed.sequence, [], 5.0))
+    assert failed.timeline.first_token_s is None
 
 
 async def test_nobody_computes_on_for_a_transfer_that_has_ended() -> None:
     """A lease that ran out, or a decode node that died, while its prompt was computed."""
-    run = request_run()
-    submitted: list[RequestRun] = []
-    cast(Any, run._role).submit = submitted.append
+    abandoned = placement()
+    submitted: list[Placement] = []
+    cast(Any, abandoned._host).submit = submitted.append
     ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    run.lease = cast(Any, SimpleNamespace(format="bf16", ended=ended))
-    prefill = asyncio.create_task(run._prefill())
+    abandoned.lease = cast(Any, SimpleNamespace(format="bf16", ended=ended))
+    prefill = asyncio.create_task(abandoned._prefill())
     await asyncio.sleep(0)
-    assert submitted == [run]
-    assert not run.sequence.cancelled
+    assert submitted == [abandoned]
+    assert not abandoned.sequence.cancelled
     ended.set_exception(TransferAborted("lease_expired", "no KV came"))
     with pytest.raises(TransferAborted, match="no KV came"):
         await prefill
-    assert run.sequence.cancelled
+    assert abandoned.sequence.cancelled
 
 
 async def test_token_outside_the_vocabulary_never_reaches_the_client() -> None:
-    run = request_run()
-    assert run._token(m.TokenEntry(bytes(16), 0, 1, 99), b"").token_id == 99
+    relay = placement()
+    assert relay._token(m.TokenEntry(bytes(16), 0, 1, 99), b"").token_id == 99
     with pytest.raises(RemoteProtocolError, match="token 100"):
-        run._token(m.TokenEntry(bytes(16), 0, 1, 100), b"")
+        relay._token(m.TokenEntry(bytes(16), 0, 1, 100), b"")
 
 
 def test_bytes_of_a_transfer_cut_short_are_counted() -> None:

@@ -30,7 +30,7 @@ from hmad.roles.engines import StepOutput
 from hmad.transport import decode_listener, prefill_link
 from hmad.transport.bulk import BulkSender, OutgoingLayer
 from hmad.transport.clock import ClockOffset
-from hmad.transport.connection import set_no_delay
+from hmad.transport.connection import tune
 from hmad.transport.decode_listener import DecodeListener, DecodeSession, ListenerSettings
 from hmad.transport.lease import Denied, Lease, StagedBlocks
 from hmad.transport.liveness import DEAD_AFTER_S
@@ -873,6 +873,6 @@ async def test_garbage_on_a_bulk_connection_ends_only_its_session() -> None:
 def test_no_delay_is_set_on_tcp_sockets_alone() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs, socket.socket() as tcp:
-        set_no_delay(ours)
-        set_no_delay(tcp)
+        tune(ours)
+        tune(tcp)
         assert tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

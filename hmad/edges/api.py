@@ -119,7 +119,8 @@ class Guard:
         refusal = self._refusal(request, error)
         self._services.metrics.count_error(error_cause(error))
         if refusal.status >= 500 and refusal is not error:
-            log.error("request %s on %s failed", request[OUR_ID], request.path, exc_info=error)
+            trace = None if isinstance(error, RemoteError) else error  # a peer's failure is no bug of ours
+            log.error("request %s on %s failed: %s", request[OUR_ID], request.path, error, exc_info=trace)
         body = error_object(refusal.status, str(refusal), refusal.param, refusal.code)
         if STREAM in request:
             stream = request[STREAM]
@@ -323,6 +324,8 @@ async def send_whole(answer: Answer) -> web.Response:
     pieces: dict[int, list[Piece]] = defaultdict(list)
     async with aclosing(answer.run.pieces()) as arriving:
         async for piece in arriving:
+            if piece.is_first:  # maybe for the second time: a decode node was lost
+                pieces[piece.index].clear()
             pieces[piece.index].append(piece)
     return json_response(200, answer.whole([joined(of_choice) for of_choice in pieces.values()]))
 

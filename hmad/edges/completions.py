@@ -129,7 +129,9 @@ async def prepare(request: CompletionRequest | ChatRequest, model: ServedModel, 
     prompts = await encode_prompts(request, model, body_bytes)
     seeds = choice_seeds(request.seed, request.num_choices)
     generation_requests = tuple(
-        GenerationRequest(prompt.token_ids, sampling_params(request, model, len(prompt.token_ids)), seeds)
+        GenerationRequest(
+            prompt.token_ids, sampling_params(request, model, len(prompt.token_ids)), seeds, bool(request.stream)
+        )
         for prompt in prompts
     )
     _check_logits(generation_requests, model.vocab_size)
@@ -216,7 +218,8 @@ def _check_logits(requests: Sequence[GenerationRequest], vocab_size: int) -> Non
 class Piece:
     """Some consecutive tokens of one choice, and the text that became certain with them.
 
-    ``offsets`` says for each token at which character of the choice's text it begins.
+    ``offsets`` says for each token at which character of the choice's text it begins. ``is_first`` means that the
+    choice begins (anew) with this piece.
     """
 
     index: int
@@ -224,6 +227,7 @@ class Piece:
     tokens: tuple[SampledToken, ...]
     offsets: tuple[int, ...]
     finish_reason: str | None
+    is_first: bool
 
 
 def joined(pieces: Sequence[Piece]) -> Piece:
@@ -234,6 +238,7 @@ def joined(pieces: Sequence[Piece]) -> Piece:
         tuple(token for piece in pieces for token in piece.tokens),
         tuple(offset for piece in pieces for offset in piece.offsets),
         pieces[-1].finish_reason,
+        pieces[0].is_first,
     )
 
 
@@ -269,7 +274,7 @@ class ChoiceStream:
         self.finish_reason = event.finish_reason if self._detokenizer.stopped is None else "stop"
         if self.finish_reason:
             self._clock.finish(self.num_tokens)
-        return Piece(self.index, text, (event.token,), (offset,), self.finish_reason)
+        return Piece(self.index, text, (event.token,), (offset,), self.finish_reason, event.index == 0)
 
     def _shown_bytes(self, token_id: int) -> bytes:
         is_skipped = self._skip_special and self._tokenizer.is_special(token_id)
@@ -344,16 +349,21 @@ class Run:
     def __init__(self, job: Job, generations: Sequence[Generation], received_s: float, metrics: Metrics) -> None:
         self.job = job
         self.generations = generations
-        self.choices = [ChoiceStream(i, job, received_s, metrics) for i in range(job.num_choices)]
+        self._received_s = received_s
+        self._metrics = metrics
+        self.choices = [self._choice(index) for index in range(job.num_choices)]
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Pieces of all choices as they come, until every choice has finished."""
         unfinished = len(self.choices)
         async with merged(self.generations) as events:
             async for prompt, event in events:
-                choice = self.choices[prompt * self.job.request.num_choices + event.choice]
-                if choice.finish_reason:  # was on its way when a stop string ended the choice
+                index = prompt * self.job.request.num_choices + event.choice
+                if self.choices[index].finish_reason:  # was on its way when a stop string ended the choice
                     continue
+                if event.index == 0:
+                    self.choices[index] = self._choice(index)
+                choice = self.choices[index]
                 piece = choice.feed(event)
                 if piece.finish_reason and not event.finish_reason:
                     self.generations[prompt].stop_choice(event.choice)
@@ -362,6 +372,9 @@ class Run:
                 if unfinished == 0:
                     return
         raise LocalError("the generation ended before all of its choices had finished")
+
+    def _choice(self, index: int) -> ChoiceStream:
+        return ChoiceStream(index, self.job, self._received_s, self._metrics)
 
     def usage(self) -> dict[str, Any]:
         return usage_object(

@@ -18,9 +18,11 @@ from hmad.transport.decode_listener import DecodeListener, ListenerSettings
 
 log = logging.getLogger(__name__)
 
+STOPS = "the decode node stops"
+
 
 class DecodeNode:
-    """Built by ``build``; then start, stop."""
+    """Built by ``build``; then start, drain, stop."""
 
     def __init__(self, config: Config, model: NodeModel, role: DecodeRole, metrics: Metrics) -> None:
         self._config = config
@@ -77,12 +79,24 @@ class DecodeNode:
         await self._listener.start(self._config.stream_host, self._config.stream_port)
         log.info("stream port %s:%d", self._config.stream_host, self._config.stream_port)
 
+    def drain(self) -> None:
+        self._role.drain()
+        self._listener.drain(STOPS)
+
+    async def drained(self) -> None:
+        await self._role.drained()
+
+    def end_requests(self) -> None:
+        self._role.end_transfers(STOPS)
+
     async def stop(self) -> None:
-        await self._listener.stop("the decode node stops")
+        await self._listener.stop(STOPS)
         self._role.engine.stop()
         await asyncio.to_thread(self._role.engine.join, SHUTDOWN_S)
 
     def _health(self) -> tuple[bool, str]:
+        if self._role.draining:
+            return False, "this node drains: it finishes what it has and takes no more"
         stalled_s = self._role.engine.stalled_s
         if stalled_s > STALLED_AFTER_S:
             return False, f"the decode engine has made no progress for {stalled_s:.0f} s"

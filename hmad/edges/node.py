@@ -26,7 +26,34 @@ class Node(Protocol):
 
     async def start(self) -> None: ...
 
+    def drain(self) -> None:
+        """Tell everybody that nothing new is taken; what is here goes on."""
+
+    async def drained(self) -> None:
+        """Wait until nothing is here any more."""
+
+    def end_requests(self) -> None:
+        """End whatever is still here with a typed error to whoever waits for it."""
+
     async def stop(self) -> None: ...
+
+
+class Signals:
+    """SIGTERM asks to drain, a second one to end at once. SIGINT, a person's Ctrl-C, asks for both."""
+
+    def __init__(self) -> None:
+        self.drain = asyncio.Event()
+        self.end = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self._terminate)
+        loop.add_signal_handler(signal.SIGINT, self._interrupt)
+
+    def _terminate(self) -> None:
+        (self.end if self.drain.is_set() else self.drain).set()
+
+    def _interrupt(self) -> None:
+        self.drain.set()
+        self.end.set()
 
 
 def run(config: Config) -> int:
@@ -39,11 +66,9 @@ def run(config: Config) -> int:
 
 
 async def serve(config: Config) -> None:
-    """Build the role, start it, and stop it in order when asked to."""
+    """Build the role, start it, and, when asked to, let it finish what it has and stop it in order."""
     node = await build(config)
-    stopping = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    signals = Signals()
     exempt_from_collection()
     runner = web.AppRunner(
         build_app(node.services),
@@ -56,11 +81,23 @@ async def serve(config: Config) -> None:
         await node.start()
         await start_rest(runner, config.host, config.port)
         log.info("%s node serves on http://%s:%d", config.role, config.host, config.port)
-        await stopping.wait()
+        await signals.drain.wait()
+        await drain(node, config.drain_timeout_s, signals)
         log.info("stopping")
     finally:
+        node.end_requests()
         await runner.cleanup()
         await node.stop()
+
+
+async def drain(node: Node, timeout_s: float, signals: Signals) -> None:
+    """Take nothing new and wait for what is here, until it is done, time is up, or a signal says that it is enough."""
+    log.info("draining, for at most %g s; a second signal ends at once", timeout_s)
+    node.drain()
+    ends = [asyncio.create_task(node.drained()), asyncio.create_task(signals.end.wait())]
+    await asyncio.wait(ends, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    for end in ends:
+        end.cancel()
 
 
 def exempt_from_collection() -> None:

@@ -16,6 +16,7 @@ from hmad.edges.completions import ServedModel
 from hmad.edges.metrics import Metrics
 from hmad.edges.node_model import SHUTDOWN_S, NodeModel, common_status, in_passing_thread, load_warm_model
 from hmad.facts.config import Config
+from hmad.facts.errors import RequestError
 from hmad.facts.formats import FORMATS, KVGeometry
 from hmad.facts.keys import load_api_keys
 from hmad.facts.timeline import Timeline
@@ -27,10 +28,11 @@ from hmad.transport.rate import Pacer
 log = logging.getLogger(__name__)
 
 NUM_STATUS_TIMELINES = 8
+RETRY_AFTER_S = 1.0
 
 
 class PrefillNode:
-    """Built by ``build``; then start, stop."""
+    """Built by ``build``; then start, drain, stop."""
 
     def __init__(
         self, config: Config, model: NodeModel, role: PrefillRole, tokenizer: Tokenizer, metrics: Metrics
@@ -83,6 +85,17 @@ class PrefillNode:
         self._role.engine.start()
         self._tasks = [asyncio.create_task(link.run()) for link in self._role.links]
 
+    def drain(self) -> None:
+        self._role.drain("the prefill node stops")
+
+    async def drained(self) -> None:
+        await self._role.drained()
+
+    def end_requests(self) -> None:
+        self._role.end_requests(
+            RequestError(503, "this prefill node stops", code="shutting_down", retry_after_s=RETRY_AFTER_S)
+        )
+
     async def stop(self) -> None:
         for task in self._tasks:
             task.cancel()
@@ -92,6 +105,8 @@ class PrefillNode:
         await asyncio.to_thread(self._role.engine.join, SHUTDOWN_S)
 
     def _health(self) -> tuple[bool, str]:
+        if self._role.draining:
+            return False, "this node drains: it finishes what it has and takes no more"
         stalled_s = self._role.engine.stalled_s
         if stalled_s > STALLED_AFTER_S:
             return False, f"the prefill engine has made no progress for {stalled_s:.0f} s"
@@ -142,7 +157,7 @@ def make_staging(config: Config, model: NodeModel) -> StagingPool:
 
 
 def record(timeline: Timeline, metrics: Metrics) -> None:
-    """A request has finished: how long it queued, its bytes, and what its transfer cost."""
+    """A placement has ended: how long it queued, its bytes, and what its transfer cost."""
     if timeline.prefill_started_s is not None:
         metrics.queue_s.observe(timeline.prefill_started_s - timeline.arrived_s)
     num_bytes = sum(layer.wire_bytes for layer in timeline.layers.values())

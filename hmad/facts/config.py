@@ -178,6 +178,11 @@ class Config(BaseModel):
     api_key_file: Path | None = Field(
         None, description="keys of REST clients, one a line, plain or sha256:HEX; none lets everyone in"
     )
+    drain_timeout_s: Seconds = Field(
+        30.0,
+        validation_alias="drain_timeout",
+        description="how long a node that was asked to stop finishes what it has",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
 
     peers: Annotated[Peers, OF_PREFILL] = Field(

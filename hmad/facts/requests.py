@@ -10,18 +10,27 @@ from hmad.facts.sampling import SampledToken, SamplingParams
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One prompt, n choices: ``seeds`` has one seed (0..2^64-1) per choice."""
+    """One prompt, n choices: ``seeds`` has one seed (0..2^64-1) per choice.
+
+    ``streamed`` means that the client gets every event at once; else it gets nothing before the end.
+    """
 
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     seeds: tuple[int, ...]
+    streamed: bool
 
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """One step of one choice. The last event of a choice has a finish reason, ``stop`` or ``length``."""
+    """One step of one choice. The last event of a choice has a finish reason, ``stop`` or ``length``.
+
+    ``index`` counts the tokens of the choice. Where it is 0 again, a decode node was lost and the choice begins anew:
+    forget what came before. That never happens to a streamed request.
+    """
 
     choice: int
+    index: int
     token: SampledToken
     finish_reason: str | None = None
 

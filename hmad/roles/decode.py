@@ -89,10 +89,28 @@ class DecodeRole:
         self.engine: DecodeEngine
         self.num_tokens = 0
         self.num_failed = 0
+        self.draining = False
+        self._empty = asyncio.Event()  # nothing is held
+        self._empty.set()
 
     def deliver_from_engine(self, outputs: list[StepOutput]) -> None:
         """The engine's thread hands a step's outputs to the loop."""
         self._loop.call_soon_threadsafe(self._deliver, outputs)
+
+    # --- stopping ---
+
+    def drain(self) -> None:
+        """Take nothing new; what is here goes on."""
+        self.draining = True
+
+    async def drained(self) -> None:
+        """Wait until nothing is held any more."""
+        await self._empty.wait()
+
+    def end_transfers(self, message: str) -> None:
+        """Tell the prefill nodes that what is still here ends now."""
+        for transfer, holding in list(self._holdings.items()):
+            holding.session.abort(transfer, AbortReason.SHUTDOWN, message)
 
     # --- DecodeHost: what sessions ask ---
 
@@ -112,7 +130,9 @@ class DecodeRole:
         needed = slots_needed(fmt, self._tail_format, message.num_prompt_tokens, params, message.num_choices)
         never = self._never_fits(message, needed)
         bad = self._mistake(prompt_token_ids, params)
-        if bad:
+        if self.draining:
+            session.deny(transfer, DenyReason.DRAINING, "this decode node drains", RETRY_AFTER_S)
+        elif bad:
             session.deny(transfer, DenyReason.BAD_REQUEST, bad, 0.0)
         elif never:
             session.deny(transfer, DenyReason.NEVER_FITS, never, 0.0)
@@ -191,6 +211,7 @@ class DecodeRole:
         raw = self.arena.reserve(fmt.num_blocks(message.num_prompt_tokens))
         per_choice = slots_per_choice(self._tail_format, params)
         tails = [self.arena.reserve(per_choice) for _ in range(message.num_choices)]
+        self._empty.clear()
         self._holdings[transfer] = Holding(session, prompt_token_ids, params, fmt, raw, tails)
 
     def _note_rate(self, holding: Holding, landed_s: float) -> None:
@@ -262,6 +283,7 @@ class DecodeRole:
             self.arena.release(slots)
         if not self._holdings:
             self.check_integrity()
+            self._empty.set()
         holding.session.tell_load()
 
     def check_integrity(self) -> None:

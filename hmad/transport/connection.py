@@ -2,10 +2,12 @@
 
 import asyncio
 import socket
+import time
 from collections.abc import Callable
 from typing import Protocol
 
 from hmad.facts.errors import RemoteError, RemoteProtocolError
+from hmad.transport.liveness import DEAD_AFTER_S
 from hmad.wire.frames import FrameReader, Received, encode_frame
 from hmad.wire.messages import AnyMessage
 
@@ -35,10 +37,11 @@ class FrameConnection(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._error: Exception | None = None
         self.peer_name = "?"
+        self.heard_s = 0.0  # when the last byte came
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]
-        set_no_delay(transport.get_extra_info("socket"))
+        tune(transport.get_extra_info("socket"))
         self.peer_name = format_address(transport.get_extra_info("peername"))
         self._handler = self._make_handler(self)
 
@@ -46,6 +49,7 @@ class FrameConnection(asyncio.BufferedProtocol):
         return self.reader.get_buffer()
 
     def buffer_updated(self, nbytes: int) -> None:
+        self.heard_s = time.monotonic()
         if self._transport is None or self._transport.is_closing() or self._handler is None:
             return
         try:
@@ -91,10 +95,12 @@ class FrameConnection(asyncio.BufferedProtocol):
             self._transport.abort()
 
 
-def set_no_delay(sock: socket.socket | None) -> None:
-    """Frames are whole messages: never let the kernel wait for more."""
+def tune(sock: socket.socket | None) -> None:
+    """Frames are whole messages: never let the kernel wait for more. And bytes that nobody acknowledges mean that the
+    peer or the way to it is gone: the kernel shall say so as early as our heartbeats would."""
     if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * DEAD_AFTER_S))
 
 
 def format_address(address: tuple[object, ...] | str | None) -> str:

@@ -10,7 +10,7 @@ from typing import Protocol
 from hmad.facts.errors import ConfigError, RemoteError, RemoteProtocolError
 from hmad.facts.formats import KVGeometry
 from hmad.transport.connection import FrameConnection
-from hmad.transport.liveness import HANDSHAKE_S, Liveness
+from hmad.transport.liveness import DEAD_AFTER_S, HANDSHAKE_S, Liveness
 from hmad.wire.frames import DIGEST_NONE, FrameReader, Received
 from hmad.wire.handshake import Agreement, DecodeHandshake, NodeIdentity, make_reject
 from hmad.wire.messages import (
@@ -84,6 +84,7 @@ class DecodeListener:
         self.sessions: dict[bytes, DecodeSession] = {}
         self._connections: set[AcceptedConnection] = set()
         self._server: asyncio.Server | None = None
+        self._drain: Drain | None = None  # what was said when we began to drain
 
     async def start(self, address: str, port: int) -> None:
         """Listen. Raises ConfigError when the port cannot be had."""
@@ -102,6 +103,12 @@ class DecodeListener:
             connection.connection.close()
         if self._server is not None:
             await self._server.wait_closed()
+
+    def drain(self, reason: str) -> None:
+        """Tell every prefill node, and those that come later, to take its new requests elsewhere."""
+        self._drain = Drain(reason=reason)
+        for session in self.sessions.values():
+            session.send(self._drain)
 
     def _accept(self) -> FrameConnection:
         accepted = AcceptedConnection(self)
@@ -125,6 +132,8 @@ class DecodeListener:
         if session is not None:
             raise RemoteProtocolError("this session has a control channel already")
         self.sessions[agreement.session] = session = DecodeSession(self, connection, agreement)
+        if self._drain is not None:
+            session.send(self._drain)
         log.info("prefill node %s: session opened, %s", session.name, agreement.format)
         return session
 
@@ -228,7 +237,7 @@ class DecodeSession:
             agreement.digest != DIGEST_NONE,
         )
         self._strikes = DigestStrikes()
-        self._commits: dict[bytes, Commit] = {}
+        self._commits: dict[bytes, tuple[Commit, float]] = {}  # whose LAYERs are not all here, and since when
         self._discard = memoryview(bytearray(DISCARD_BYTES))
         self._liveness = Liveness(self._beat, self._silent)
         self._load_sent: Load | None = None
@@ -322,7 +331,7 @@ class DecodeSession:
             case Commit() as message:
                 outcome = self.transfers.commit(message)
                 if outcome.verdict is not Verdict.DISCARDED:
-                    self._commits[message.transfer_id] = message
+                    self._commits[message.transfer_id] = (message, time.monotonic())
                 self._take(outcome)
             case Cancel() as message:
                 self._cancel(message)
@@ -347,7 +356,8 @@ class DecodeSession:
         for reply in outcome.replies:
             self.send(reply)
         if outcome.verdict is Verdict.READY and outcome.transfer is not None:
-            self._host.ready(self, outcome.transfer, self._commits.pop(outcome.transfer.transfer_id))
+            commit, _ = self._commits.pop(outcome.transfer.transfer_id)
+            self._host.ready(self, outcome.transfer, commit)
         elif outcome.verdict is Verdict.DIGEST_MISMATCH:
             log.warning("prefill node %s: a digest is wrong, the transfer was aborted", self.name)
             self._host.failed(AbortReason.DIGEST_MISMATCH)
@@ -381,12 +391,20 @@ class DecodeSession:
     # --- life ---
 
     def _beat(self) -> None:
-        for transfer in self.transfers.expired(time.monotonic()):
-            message = f"no KV came for {self._lease_s:g} s"
-            self.abort(transfer, AbortReason.LEASE_EXPIRED, message)
+        now_s = time.monotonic()
+        for transfer in self.transfers.expired(now_s):
+            self.abort(transfer, AbortReason.LEASE_EXPIRED, f"no KV came for {self._lease_s:g} s")
+        for transfer in self._stuck(now_s):
+            self.abort(transfer, AbortReason.LEASE_EXPIRED, "KV that was said to be on its way never came")
         self._load_sent = None  # the heartbeat tells the load whether it changed or not
         self.send_load(self._host.load())
         self.send(Ping(sent_s=time.monotonic()))
+
+    def _stuck(self, now_s: float) -> list[DecodeTransfer]:
+        """Transfers whose LAYERs had all begun to leave, yet no byte comes any more: a bulk channel is broken."""
+        heard_s = max((c.connection.heard_s for c in self.connections if not self.is_control(c)), default=0.0)
+        waited = {id_ for id_, (_, since_s) in self._commits.items() if now_s - max(since_s, heard_s) > DEAD_AFTER_S}
+        return [transfer for transfer in self.transfers.live() if transfer.transfer_id in waited]
 
     def _silent(self, silence_s: float) -> None:
         self._close(RemoteError(f"no sign of life for {silence_s:.1f} s"), at_once=True)

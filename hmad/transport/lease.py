@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from hmad.facts.errors import RemoteError, TransferAborted
+from hmad.facts.errors import HmadError, RemoteError, TransferAborted
 from hmad.facts.timeline import Timeline
 from hmad.transport.bulk import OutgoingLayer
 from hmad.transport.clock import ClockOffset
@@ -133,6 +133,10 @@ class Lease:
         if isinstance(item, Exception):
             raise item
         return item
+
+    def interrupt(self, error: HmadError) -> None:
+        """Make whoever waits for a token get this error. The transfer goes on until ``close``."""
+        self._tokens.put_nowait(error)
 
     def cancel(self, choices: Sequence[int]) -> None:
         """No more tokens are wanted of these choices."""

@@ -13,7 +13,7 @@ from hmad.facts.errors import HandshakeRejected, HmadError, RemoteError, RemoteP
 from hmad.facts.timeline import Timeline
 from hmad.transport.bulk import BulkSender, OutgoingLayer
 from hmad.transport.clock import ClockOffset
-from hmad.transport.connection import FrameConnection, set_no_delay
+from hmad.transport.connection import FrameConnection, tune
 from hmad.transport.lease import Denied, Lease
 from hmad.transport.liveness import HANDSHAKE_S, Liveness
 from hmad.transport.rate import Pacer
@@ -103,6 +103,11 @@ class PeerLink:
 
     def load_changed(self) -> None:
         self._changed()
+
+    def drain(self, reason: str) -> None:
+        """Tell the decode node that nothing new will come."""
+        if self._session is not None:
+            self._session.send(Drain(reason=reason))
 
     @property
     def session(self) -> "PrefillSession":
@@ -343,7 +348,7 @@ async def connect_socket(host: str, port: int) -> socket.socket:
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setblocking(False)
-        set_no_delay(sock)
+        tune(sock)
         await loop.sock_connect(sock, address)
     except BaseException:
         sock.close()
