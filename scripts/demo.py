@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
@@ -348,11 +348,24 @@ def demo(arguments: argparse.Namespace, logs: Path) -> None:
     start_s = time.monotonic()
     with running(decode, prefill):
         print(f"   both are healthy after {time.monotonic() - start_s:.1f} s")
-        ask_and_show(arguments.prompt, decode, prefill)
+        ask_and_show(arguments.prompt, decode, prefill, arguments.keep)
+        if arguments.keep:
+            wait_for_interrupt(decode, prefill)
     print("\n4. Stop both:")
     for daemon in (prefill, decode):
         daemon.check_stopped_well()
         print(f"   {daemon.role} node: SIGTERM, exit code {daemon.exit_code}")
+
+
+def wait_for_interrupt(decode: Daemon, prefill: Daemon) -> None:
+    """Leave both running until the person has seen enough."""
+    print(
+        f"\n   Both stay up: http://{HOST}:{prefill.port}/ and http://{HOST}:{decode.port}/. Ctrl-C stops them.",
+        flush=True,
+    )
+    with suppress(KeyboardInterrupt):
+        while True:
+            signal.pause()
 
 
 def make_daemons(arguments: argparse.Namespace, logs: Path) -> tuple[Daemon, Daemon]:
@@ -364,7 +377,7 @@ def make_daemons(arguments: argparse.Namespace, logs: Path) -> tuple[Daemon, Dae
     return decode, Daemon("prefill", pick_port(8000), logs, computing + sending)
 
 
-def ask_and_show(question: str, decode: Daemon, prefill: Daemon) -> None:
+def ask_and_show(question: str, decode: Daemon, prefill: Daemon, keep: bool) -> None:
     messages = conversation(question)
     print("\n2. Ask, over REST, after a conversation about other modules:")
     print("   (once before to warm up: the first use of a kernel costs more; nothing is cached of it)")
@@ -383,6 +396,8 @@ def ask_and_show(question: str, decode: Daemon, prefill: Daemon) -> None:
     show_overlap(timeline)
     show_bytes(timeline, answer.decode_status, model_geometry())
     show_latencies(answer, timeline)
+    print(f"\n   As a picture: http://{HOST}:{prefill.port}/timeline/{timeline['request_id']}", end="")
+    print("" if keep else "  (with --keep, the nodes stay up for you to look)")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -391,6 +406,7 @@ def parse_arguments() -> argparse.Namespace:
     formats = ("auto", *FORMATS)
     parser.add_argument("--kv-format", choices=formats, default="auto", help="default: auto, the precision's own")
     parser.add_argument("--prompt", default=QUESTION, help=f"the question (default: {QUESTION})")
+    parser.add_argument("--keep", action="store_true", help="leave both nodes running, to look at their pages")
     return parser.parse_args()
 
 

@@ -45,7 +45,7 @@ async def test_every_prefill_node_hears_of_freed_slots_at_once(monkeypatch: pyte
     async with serving(decode), linked(decode.port, formats=("bfp8",)) as one, linked(decode.port) as other:
         await until(lambda: one.usable and other.usable)
         message = m.Reserve(bytes(16), 0, "bfp8", 32, 1, m.Sampling(3, 0.0, 1.0, 0, 0.0, 0.0, 0.0, 1.0))
-        lease = one.session.reserve(message, bytes(4 * 32), Timeline("r", 32, 0.0))
+        lease = one.session.reserve(message, bytes(4 * 32), Timeline("r", 32, 0.0, 0.0))
         await asyncio.wait_for(lease.granted(), PATIENCE_S)
         await until(lambda: other.free_slots == decode.arena.free_slots < NUM_SLOTS)
         lease.close()
@@ -95,7 +95,7 @@ async def test_prompt_beyond_the_peers_limit_never_leaves() -> None:
         for num_tokens, outcome in ((33, pytest.raises(Denied, match="33 tokens")), (32, nullcontext())):
             message = m.Reserve(bytes(16), 0, "fp32", num_tokens, 1, m.Sampling(3, 0.0, 1.0, 0, 0.0, 0.0, 0.0, 1.0))
             with outcome:
-                lease = link.session.reserve(message, bytes(4 * num_tokens), Timeline("r", num_tokens, 0.0))
+                lease = link.session.reserve(message, bytes(4 * num_tokens), Timeline("r", num_tokens, 0.0, 0.0))
                 await asyncio.wait_for(lease.granted(), PATIENCE_S)
         assert decode.failures == []
 
@@ -131,8 +131,8 @@ def ignore(*_: Any) -> None:
 
 def placement() -> Placement:
     host = cast(Any, SimpleNamespace(vocab_size=100, transfer_after=False))
-    request = GenerationRequest((1, 2), SamplingParams(max_tokens=3), (0,), streamed=True)
-    return Placement(host, request, (0,), bytes(16), 0, Timeline("r", 2, 0.0))
+    request = GenerationRequest((1, 2), SamplingParams(max_tokens=3), (0,), streamed=True, received_s=0.0)
+    return Placement(host, request, (0,), bytes(16), 0, Timeline("r", 2, 0.0, 0.0))
 
 
 async def test_failed_prefill_has_no_first_token() -> None:
@@ -168,7 +168,7 @@ async def test_token_outside_the_vocabulary_never_reaches_the_client() -> None:
 
 def test_bytes_of_a_transfer_cut_short_are_counted() -> None:
     layers = {0: LayerTimes(0.0, 1.0, 100, 1.0, 2.0, 2.0), 1: LayerTimes(1.0, 2.0, 50, 2.0)}
-    timeline = Timeline("r", 4, 0.0, peer="d:1", first_token_s=3.0, layers=layers)
+    timeline = Timeline("r", 4, 0.0, 0.0, peer="d:1", first_token_s=3.0, layers=layers)
     metrics = Metrics()
     record(timeline, metrics)
     sample = {"peer": "d:1", "direction": "sent"}

@@ -197,7 +197,7 @@ class Pair:
         num_tokens = num_blocks * FORMATS[session.agreement.format].tokens_per_block
         message = reserve(session.agreement.format, num_tokens, num_choices, max_tokens)
         times = {layer_id: LayerTimes(0.0, 0.0) for layer_id in range(GEOMETRY.num_layers)}
-        lease = session.reserve(message, bytes(4 * num_tokens), Timeline("r", num_tokens, 0.0, layers=times))
+        lease = session.reserve(message, bytes(4 * num_tokens), Timeline("r", num_tokens, 0.0, 0.0, layers=times))
         await asyncio.wait_for(lease.granted(), PATIENCE_S)
         return lease
 
@@ -290,7 +290,7 @@ def frame(kv: np.ndarray, layer_id: int, first: int, count: int, released: Relea
     payload = kv[layer_id, first : first + count].reshape(-1)
     counts: Released = Counter() if released is None else released
     release = partial(counts.update, [(layer_id, first)])
-    return StagedBlocks(layer_id, first, len(payload) // kv.shape[2], payload.data, digest_of(payload), release)
+    return StagedBlocks(layer_id, first, len(payload) // kv.shape[2], payload.data, digest_of(payload), 0.0, release)
 
 
 def frames(kv: np.ndarray, per_frame: int, released: Released | None = None) -> list[StagedBlocks]:

@@ -41,7 +41,11 @@ from hmad.edges.openai_schema import (
     refuse_unsupported,
     token_text,
 )
+from hmad.edges.status_page import status_page
+from hmad.edges.timeline_page import timeline_page
+from hmad.edges.timeline_trace import chrome_trace
 from hmad.facts.errors import HmadError, RemoteError, RequestError
+from hmad.facts.timeline import Timeline
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +54,13 @@ OPEN_PATHS = ("/livez", "/health")
 PREFILL_PATHS = ("/v1/", "/tokenize", "/detokenize")
 SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 SSE_HEADERS = {hdrs.CONTENT_TYPE: "text/event-stream; charset=utf-8", hdrs.CACHE_CONTROL: "no-cache"}
+
+# A page of ours runs no script and loads nothing, whatever a client may have talked into it.
+HTML_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'",
+    "X-Content-Type-Options": "nosniff",
+    hdrs.CACHE_CONTROL: "no-store",
+}
 
 OUR_ID = web.RequestKey("id", str)
 STREAM = web.RequestKey("stream", web.StreamResponse)  # set once its headers are out
@@ -92,6 +103,10 @@ def build_app(services: RoleServices) -> web.Application:
 
 def json_response(status: int, body: dict[str, Any]) -> web.Response:
     return web.Response(status=status, body=msgspec.json.encode(body), content_type="application/json")
+
+
+def html_response(page: str) -> web.Response:
+    return web.Response(text=page, content_type="text/html", headers=HTML_HEADERS)
 
 
 def sse_event(body: dict[str, Any]) -> bytes:
@@ -192,6 +207,7 @@ class NodeRoutes:
             web.get("/health", self.health),
             web.get("/metrics", self.metrics),
             web.get("/status", self.status),
+            web.get("/", self.page),
         ]
 
     async def livez(self, request: web.Request) -> web.Response:
@@ -209,6 +225,11 @@ class NodeRoutes:
     async def status(self, request: web.Request) -> web.Response:
         return json_response(200, self._services.status())
 
+    async def page(self, request: web.Request) -> web.Response:
+        """/status, /health and /metrics for people."""
+        services = self._services
+        return html_response(status_page(services.status(), *services.health(), services.metrics.registry))
+
 
 class OpenAIRoutes:
     """What a prefill node answers besides."""
@@ -225,6 +246,8 @@ class OpenAIRoutes:
             web.get("/v1/models/{name:.+}", self.model),
             web.post("/tokenize", self.tokenize),
             web.post("/detokenize", self.detokenize),
+            web.get("/v1/timeline/{id}", self.timeline_trace),
+            web.get("/timeline/{id}", self.timeline_page),
         ]
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
@@ -238,19 +261,21 @@ class OpenAIRoutes:
     ) -> web.StreamResponse:
         received_s = time.monotonic()
         with self._metrics.outcome():
-            job = await self._read_job(request, request_type)
+            job = await self._read_job(request, request_type, received_s)
             async with started(job, received_s, self._metrics) as run:
                 answer = answer_for(run)
                 return await (send_stream(request, answer) if job.request.stream else send_whole(answer))
 
-    async def _read_job(self, request: web.Request, request_type: type[CompletionRequest | ChatRequest]) -> Job:
+    async def _read_job(
+        self, request: web.Request, request_type: type[CompletionRequest | ChatRequest], received_s: float
+    ) -> Job:
         body = await read_body(request)
         fields = parse_json(body)
         refuse_unsupported(fields)
         parsed = parse(fields, request_type)
         check_generation(parsed)
         self._check_model(parsed.model)
-        return await prepare(parsed, self._served, len(body))
+        return await prepare(parsed, self._served, len(body), received_s)
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name not in self._served.names:
@@ -303,6 +328,21 @@ class OpenAIRoutes:
         tokenizer = self._served.tokenizer
         text = await off_loop(len(body), lambda: tokenizer.decode(parsed.tokens, skip_special_tokens=False))
         return json_response(200, {"prompt": text})
+
+    async def timeline_trace(self, request: web.Request) -> web.Response:
+        """One of the last requests as a Chrome trace, for Perfetto."""
+        return json_response(200, chrome_trace(self._timeline(request)))
+
+    async def timeline_page(self, request: web.Request) -> web.Response:
+        """The same as a picture."""
+        return html_response(timeline_page(self._timeline(request)))
+
+    def _timeline(self, request: web.Request) -> Timeline:
+        request_id = request.match_info["id"].rpartition("-")[2]  # an answer's id, cmpl-..., does as well
+        timeline = self._served.timeline_of(request_id)
+        if timeline is None:
+            raise RequestError(404, f"no timeline of request {request_id[:64]!r} is kept here", code="unknown_request")
+        return timeline
 
 
 async def read_body(request: web.Request) -> bytes:

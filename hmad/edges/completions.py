@@ -31,6 +31,7 @@ from hmad.edges.openai_schema import (
 from hmad.facts.errors import LocalError
 from hmad.facts.requests import Generation, GenerationRequest, Generator, TokenEvent
 from hmad.facts.sampling import SampledToken, SamplingParams
+from hmad.facts.timeline import Timeline
 
 INLINE_BYTES = 8192  # tokenizing more than this leaves the event loop for a thread
 DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # by generation_config.json
@@ -50,6 +51,7 @@ class ServedModel:
     vocab_size: int
     max_model_len: int
     default_max_tokens: int
+    timeline_of: Callable[[str], Timeline | None] = lambda request_id: None
     created_s: int = field(default_factory=lambda: int(time.time()))
 
     @cached_property
@@ -124,13 +126,19 @@ def _encode_prompt(prompt: str | list[int], request: CompletionRequest, model: S
     return Prompt(tuple(prompt), model.tokenizer.decode(prompt, skip_special_tokens=False) if request.echo else "")
 
 
-async def prepare(request: CompletionRequest | ChatRequest, model: ServedModel, body_bytes: int) -> Job:
+async def prepare(
+    request: CompletionRequest | ChatRequest, model: ServedModel, body_bytes: int, received_s: float
+) -> Job:
     """Tokenize, fill in the defaults and check everything that can be checked before the queue."""
     prompts = await encode_prompts(request, model, body_bytes)
     seeds = choice_seeds(request.seed, request.num_choices)
     generation_requests = tuple(
         GenerationRequest(
-            prompt.token_ids, sampling_params(request, model, len(prompt.token_ids)), seeds, bool(request.stream)
+            prompt.token_ids,
+            sampling_params(request, model, len(prompt.token_ids)),
+            seeds,
+            bool(request.stream),
+            received_s,
         )
         for prompt in prompts
     )

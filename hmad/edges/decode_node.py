@@ -110,6 +110,7 @@ class DecodeNode:
                 "total_slots": arena.num_slots,
                 "slot_bytes": arena.geometry.slot_bytes * arena.geometry.num_layers,
                 "bytes": arena.bytes.nbytes,
+                **self._role.slots_by_state(),
             },
             "running": engine.num_running,
             "waiting": engine.num_waiting,

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from hmad.compute.checkpoint import read_generation_defaults
@@ -19,7 +19,7 @@ from hmad.facts.config import Config
 from hmad.facts.errors import RequestError
 from hmad.facts.formats import FORMATS, KVGeometry
 from hmad.facts.keys import load_api_keys
-from hmad.facts.timeline import Timeline
+from hmad.facts.timeline import Spans, Timeline
 from hmad.roles.engines import STALLED_AFTER_S, PrefillEngine, PrefillListener
 from hmad.roles.prefill import PrefillRole, PrefillSettings
 from hmad.transport.prefill_link import LinkSettings, PeerLink
@@ -54,6 +54,7 @@ class PrefillNode:
                 vocab_size=model.config.vocab_size,
                 max_model_len=model.max_model_len,
                 default_max_tokens=config.default_max_tokens,
+                timeline_of=role.timelines.get,
             ),
             api_key_digests=load_api_keys(config.api_key_file) if config.api_key_file else frozenset(),
         )
@@ -121,7 +122,7 @@ class PrefillNode:
             "running": role.num_running,
             "staging": {"free_pages": role.staging.free_pages, "total_pages": role.staging.num_pages},
             "decode_nodes": [link.describe() for link in role.links],
-            "requests": [describe(timeline) for timeline in list(role.timelines)[-NUM_STATUS_TIMELINES:]],
+            "requests": [describe(timeline) for timeline in list(role.timelines.values())[-NUM_STATUS_TIMELINES:]],
         }
 
 
@@ -144,6 +145,7 @@ def role_settings(config: Config, model: NodeModel, staging: StagingPool) -> Pre
         vocab_size=model.config.vocab_size,
         max_batch_tokens=config.max_batch_tokens,
         max_queue=config.max_queue,
+        max_timelines=config.timelines,
         queue_timeout_s=config.queue_timeout_s,
         transfer_after=config.transfer == "after",
         digest=config.digest,
@@ -170,6 +172,8 @@ def record(timeline: Timeline, metrics: Metrics) -> None:
 
 
 def describe(timeline: Timeline) -> dict[str, Any]:
-    """A timeline as JSON, with what is derived from it."""
+    """A timeline as JSON, without its spans, with what is derived from it."""
     derived = {name: getattr(timeline, name) for name in ("wire_s", "exposed_s", "hidden", "handoff_s")}
-    return asdict(timeline) | derived
+    fields = asdict(replace(timeline, spans=Spans()))
+    del fields["spans"]
+    return fields | derived

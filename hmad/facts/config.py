@@ -208,6 +208,9 @@ class Config(BaseModel):
     queue_timeout_s: Annotated[Seconds, OF_PREFILL] = Field(
         30.0, validation_alias="queue_timeout", description="longest wait for a free decode node"
     )
+    timelines: Annotated[int, Field(ge=0, le=100_000), Unit("requests"), OF_PREFILL] = Field(
+        64, description="timelines of the last requests that are kept, each up to 1 MB; 0 records none"
+    )
     transfer: Annotated[Literal["layerwise", "after"], OF_PREFILL] = Field(
         "layerwise", description="send each layer's KV while later ones compute, or all of it after (the baseline)"
     )

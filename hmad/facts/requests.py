@@ -12,13 +12,15 @@ from hmad.facts.sampling import SampledToken, SamplingParams
 class GenerationRequest:
     """One prompt, n choices: ``seeds`` has one seed (0..2^64-1) per choice.
 
-    ``streamed`` means that the client gets every event at once; else it gets nothing before the end.
+    ``streamed`` means that the client gets every event at once; else it gets nothing before the end. ``received_s`` is
+    when its HTTP request came (monotonic).
     """
 
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     seeds: tuple[int, ...]
     streamed: bool
+    received_s: float
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,63 @@ on the wire that was not exposed (docs/design.md section 8).
 
 from dataclasses import dataclass, field
 
+MAX_SPANS = 4096  # of each kind in one request: a very long prompt's later ones are left out
+
+
+@dataclass
+class ComputeSpan:
+    """One layer of one chunk."""
+
+    layer_id: int
+    started_s: float
+    kv_ready_s: float
+    ended_s: float | None = None  # the next one began, or the first token was there
+
+
+@dataclass
+class FrameSpan:
+    """One frame of KV on its way: encoded, first byte sent, copied by the kernel, landed, verified."""
+
+    layer_id: int
+    first_block: int
+    num_blocks: int
+    num_bytes: int
+    encoded_s: float
+    sent_s: float | None = None
+    copied_s: float | None = None
+    landed_s: float | None = None
+    verified_s: float | None = None
+
+
+@dataclass
+class Spans:
+    """What happened in detail, for pictures: at most ``limit`` of each kind."""
+
+    limit: int = MAX_SPANS
+    compute: list[ComputeSpan] = field(default_factory=list)
+    frames: list[FrameSpan] = field(default_factory=list)
+    tokens: list[tuple[int, float]] = field(default_factory=list)  # choice, when it came
+
+    def computed(self, layer_id: int, started_s: float, kv_ready_s: float) -> None:
+        """A layer's K and V exist; the layer before it has ended."""
+        self.compute_ended(started_s)
+        if len(self.compute) < self.limit:
+            self.compute.append(ComputeSpan(layer_id, started_s, kv_ready_s))
+
+    def compute_ended(self, at_s: float) -> None:
+        if self.compute and self.compute[-1].ended_s is None:
+            self.compute[-1].ended_s = at_s
+
+    def frame(self, span: FrameSpan) -> FrameSpan:
+        """Take note of an encoded frame; whoever carries it fills in the rest."""
+        if len(self.frames) < self.limit:
+            self.frames.append(span)
+        return span
+
+    def token(self, choice: int, at_s: float) -> None:
+        if len(self.tokens) < self.limit:
+            self.tokens.append((choice, at_s))
+
 
 @dataclass
 class LayerTimes:
@@ -25,7 +82,8 @@ class Timeline:
 
     request_id: str
     num_prompt_tokens: int
-    arrived_s: float
+    received_s: float  # its HTTP request
+    arrived_s: float  # in the queue, tokenized
     kv_format: str | None = None
     peer: str | None = None
     granted_s: float | None = None
@@ -35,6 +93,8 @@ class Timeline:
     finished_s: float | None = None
     num_output_tokens: int = 0
     layers: dict[int, LayerTimes] = field(default_factory=dict)
+    clock_offset_s: float | None = None  # of the decode node's clock against ours, as estimated
+    spans: Spans = field(default_factory=Spans)
 
     @property
     def wire_s(self) -> float | None:

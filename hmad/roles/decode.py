@@ -97,6 +97,13 @@ class DecodeRole:
         """The engine's thread hands a step's outputs to the loop."""
         self._loop.call_soon_threadsafe(self._deliver, outputs)
 
+    def slots_by_state(self) -> dict[str, int]:
+        """Slots into which KV lands, slots that decode reads, and free ones."""
+        landing = sum(len(slots) for h in self._holdings.values() if not h.running for slots in h.all_slots)
+        free = self.arena.free_slots
+        used = self.arena.num_slots - free
+        return {"landing_slots": landing, "decoding_slots": used - landing, "free_slots": free}
+
     # --- stopping ---
 
     def drain(self) -> None:

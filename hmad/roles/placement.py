@@ -21,7 +21,7 @@ from hmad.facts.errors import HmadError, LocalError, RemoteError, RemoteProtocol
 from hmad.facts.formats import FORMATS
 from hmad.facts.requests import GenerationRequest, TokenEvent
 from hmad.facts.sampling import SampledToken
-from hmad.facts.timeline import LayerTimes, Timeline
+from hmad.facts.timeline import LayerTimes, Spans, Timeline
 from hmad.roles.engines import PrefillDone
 from hmad.transport.lease import Lease, StagedBlocks
 from hmad.wire.extras import unpack_extras
@@ -37,6 +37,7 @@ class PlacementHost(Protocol):
 
     transfer_after: bool
     vocab_size: int
+    max_spans: int
 
     async def place(self, placement: "Placement") -> Lease | None:
         """Wait for our turn and for room; None when nothing needs to be shipped (a single output token)."""
@@ -102,7 +103,9 @@ class RequestRun:
         self._placement = self._next_placement(self._placement.epoch + 1)
 
     def _next_placement(self, epoch: int) -> "Placement":
-        timeline = Timeline(self.request_id, len(self._request.prompt_token_ids), self._arrived_s)
+        num_tokens = len(self._request.prompt_token_ids)
+        spans = Spans(self._host.max_spans)
+        timeline = Timeline(self.request_id, num_tokens, self._request.received_s, self._arrived_s, spans=spans)
         return Placement(self._host, self._request, tuple(sorted(self._unfinished)), self._transfer_id, epoch, timeline)
 
 
@@ -204,6 +207,7 @@ class Placement:
         """A layer of ours was computed, maybe for one more chunk."""
         times = self.timeline.layers.setdefault(clock.layer_id, LayerTimes(clock.started_s, clock.kv_ready_s))
         times.kv_ready_s = clock.kv_ready_s
+        self.timeline.spans.computed(clock.layer_id, clock.started_s, clock.kv_ready_s)
         self.timeline.prefill_started_s = self.timeline.prefill_started_s or clock.started_s
 
     def ship(self, blocks: StagedBlocks) -> None:
@@ -219,6 +223,7 @@ class Placement:
         """The prompt is computed (or failed): commit the choices that go on, at once, whoever reads our events."""
         if done.first_tokens:
             self.timeline.first_token_s = done.finished_s
+            self.timeline.spans.compute_ended(done.finished_s)
         if done.first_tokens and not self.sequence.cancelled:
             self._hand_over(done.first_tokens)
         else:
@@ -245,7 +250,7 @@ class Placement:
 
     def _first_events(self, first_tokens: Sequence[SampledToken]) -> Iterable[TokenEvent]:
         for choice, token in zip(self._choices, first_tokens, strict=True):
-            self.timeline.num_output_tokens += 1
+            self._note_token(choice)
             yield TokenEvent(choice, 0, token, finish_reason(token.token_id, 0, self.request.params))
 
     # --- decode ---
@@ -259,8 +264,13 @@ class Placement:
             self._live.discard(entry.choice)
         if entry.token_id is None or entry.finish_reason is FinishReason.CANCELLED:
             raise TransferAborted(AbortReason.CANCELLED, "the decode node cancelled a choice that nobody asked it to")
+        choice = self._choices[entry.choice]
+        self._note_token(choice)
+        return TokenEvent(choice, entry.index, self._token(entry, extras), entry.finish_reason)
+
+    def _note_token(self, choice: int) -> None:
         self.timeline.num_output_tokens += 1
-        return TokenEvent(self._choices[entry.choice], entry.index, self._token(entry, extras), entry.finish_reason)
+        self.timeline.spans.token(choice, time.monotonic())
 
     def _token(self, entry: TokenEntry, extras: bytes) -> SampledToken:
         params, vocab_size = self.request.params, self._host.vocab_size

@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from hmad.compute.staging import StagingPool
 from hmad.facts.errors import HmadError, RemoteError, RequestError
 from hmad.facts.formats import KVGeometry
 from hmad.facts.requests import GenerationRequest
-from hmad.facts.timeline import Timeline
+from hmad.facts.timeline import MAX_SPANS, Timeline
 from hmad.roles.engines import PrefillDone, PrefillEngine
 from hmad.roles.placement import Placement, RequestRun
 from hmad.roles.scheduler import rank_peers
@@ -23,7 +22,6 @@ from hmad.transport.prefill_link import PeerLink
 from hmad.wire.frames import DIGEST_NONE
 from hmad.wire.messages import DenyReason
 
-NUM_TIMELINES = 64
 RETRY_AFTER_S = 1.0
 DRAIN_RETRY_AFTER_S = 5.0
 PEERLESS_S = 1.5  # for so long a request waits for any decode node to be there at all
@@ -39,6 +37,7 @@ class PrefillSettings:
     max_batch_tokens: int
     max_prompt_tokens: int  # what history (or staging, when nothing is sent before the end) has room for
     max_queue: int
+    max_timelines: int
     queue_timeout_s: float
     transfer_after: bool  # the sequential baseline: nothing is sent before the prompt is computed
     digest: str
@@ -50,10 +49,11 @@ class PrefillRole:
     def __init__(self, settings: PrefillSettings, staging: StagingPool, finished: Callable[[Timeline], None]) -> None:
         self.settings = settings
         self.transfer_after, self.vocab_size = settings.transfer_after, settings.vocab_size
+        self.max_spans = MAX_SPANS if settings.max_timelines else 0
         self.staging = staging
         self.engine: PrefillEngine
         self.links: Sequence[PeerLink] = ()
-        self.timelines: deque[Timeline] = deque(maxlen=NUM_TIMELINES)
+        self.timelines: dict[str, Timeline] = {}  # the last requests', by id, the oldest first
         self._finished = finished
         self.num_waiting = 0
         self.num_running = 0
@@ -144,8 +144,15 @@ class PrefillRole:
 
     def finished(self, timeline: Timeline) -> None:
         if timeline.first_token_s is not None:
-            self.timelines.append(timeline)
+            self._keep(timeline)
         self._finished(timeline)
+
+    def _keep(self, timeline: Timeline) -> None:
+        """Of a request that was placed several times the last placement's timeline is kept."""
+        self.timelines.pop(timeline.request_id, None)
+        self.timelines[timeline.request_id] = timeline
+        while len(self.timelines) > self.settings.max_timelines:
+            del self.timelines[next(iter(self.timelines))]
 
     # --- placing ---
 
@@ -225,7 +232,7 @@ class PrefillRole:
     def blocks_encoded(self, blocks: EncodedBlocks) -> None:
         """Engine thread: digest the blocks while they are in cache, then give them to the loop."""
         digest = NO_DIGEST if self.settings.digest == DIGEST_NONE else xxhash.xxh3_128_digest(blocks.payload.data)
-        self._loop.call_soon_threadsafe(self._ship, blocks, digest)
+        self._loop.call_soon_threadsafe(self._ship, blocks, digest, time.monotonic())
 
     def layer_computed(self, chunks: Sequence[PrefillChunk], clock: LayerClock) -> None:
         """Engine thread."""
@@ -235,13 +242,13 @@ class PrefillRole:
         """Engine thread."""
         self._loop.call_soon_threadsafe(self._prefilled, done)
 
-    def _ship(self, blocks: EncodedBlocks, digest: bytes) -> None:
+    def _ship(self, blocks: EncodedBlocks, digest: bytes, encoded_s: float) -> None:
         def release() -> None:
             self.staging.release(blocks.page)
 
         placement = self._placements.get(blocks.sequence)
         staged = StagedBlocks(
-            blocks.layer_id, blocks.first_block, blocks.num_blocks, blocks.payload.data, digest, release
+            blocks.layer_id, blocks.first_block, blocks.num_blocks, blocks.payload.data, digest, encoded_s, release
         )
         if placement is None:
             release()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from hmad.facts.errors import HmadError, RemoteError, TransferAborted
-from hmad.facts.timeline import Timeline
+from hmad.facts.timeline import FrameSpan, Timeline
 from hmad.transport.bulk import OutgoingLayer
 from hmad.transport.clock import ClockOffset
 from hmad.wire.messages import (
@@ -45,6 +45,7 @@ class StagedBlocks:
     num_blocks: int
     payload: memoryview
     digest: bytes
+    encoded_s: float
     release: Callable[[], None]
 
 
@@ -68,6 +69,7 @@ class _Page:
     """A LAYER between the queue and LANDED. Its memory is free when the kernel has it and D has it, or wants it not."""
 
     blocks: StagedBlocks
+    span: FrameSpan
     sent: bool = False
     unwanted: bool = False
 
@@ -106,7 +108,10 @@ class Lease:
         if self._over:
             blocks.release()
             return
-        page = self._pages[blocks.layer_id, blocks.first_block] = _Page(blocks)
+        span = self._timeline.spans.frame(
+            FrameSpan(blocks.layer_id, blocks.first_block, blocks.num_blocks, blocks.payload.nbytes, blocks.encoded_s)
+        )
+        page = self._pages[blocks.layer_id, blocks.first_block] = _Page(blocks, span)
         self._num_queued += 1
         message = Layer(
             transfer_id=self.transfer_id,
@@ -168,17 +173,19 @@ class Lease:
     def landed(self, landed: Landed) -> None:
         """D has verified a LAYER: its page is free, and D's clock says when its last byte came."""
         self._session.transfers.landed(landed)
-        page = self._pages.pop((landed.layer, landed.first_block), None)
-        if page is not None:
-            page.unwanted = True
-            page.release_if_free()
         times = self._timeline.layers[landed.layer]
         times.landed_s = self._session.clock.to_ours(landed.landed_s)
         times.verified_s = self._session.clock.to_ours(landed.verified_s)
+        page = self._pages.pop((landed.layer, landed.first_block), None)
+        if page is not None:
+            page.span.landed_s, page.span.verified_s = times.landed_s, times.verified_s
+            page.unwanted = True
+            page.release_if_free()
 
     def committed_by_peer(self, committed: Committed) -> None:
         self._session.transfers.committed(committed)
         self._timeline.committed_s = self._session.clock.to_ours(committed.committed_s)
+        self._timeline.clock_offset_s = self._session.clock.offset_s
 
     def aborted_by_peer(self, abort: Abort) -> None:
         self._send_owed(self._session.transfers.aborted(abort))
@@ -211,7 +218,8 @@ class Lease:
             return False
         self._session.transfers.layer_sent(message)
         times = self._timeline.layers[message.layer]
-        times.sent_s = times.sent_s or time.monotonic()
+        page.span.sent_s = time.monotonic()
+        times.sent_s = times.sent_s or page.span.sent_s
         times.wire_bytes += page.blocks.payload.nbytes
         self._commit_if_due()
         return True
@@ -223,6 +231,7 @@ class Lease:
 
     def _sent(self, page: _Page) -> None:
         page.sent = True
+        page.span.copied_s = time.monotonic()
         page.release_if_free()
 
     def _send_owed(self, abort: Abort | None) -> None:
