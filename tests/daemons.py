@@ -102,6 +102,10 @@ class Daemon:
             self._process.wait()
 
     @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
     def log(self) -> str:
         self._log.seek(0)
         return self._log.read().decode(errors="replace")

@@ -15,7 +15,7 @@ from hmad.facts.errors import LocalProtocolError, RemoteProtocolError
 from hmad.facts.sampling import SampledToken, TokenLogprobs
 from hmad.wire import messages as m
 from hmad.wire.extras import pack_extras, unpack_extras
-from hmad.wire.frames import PREFIX_BYTES, FrameReader, Received, encode_frame, encode_header
+from hmad.wire.frames import PREFIX_BYTES, FrameReader, FrameWriter, Received, encode_frame, encode_header
 
 LIMITS = m.Limits(layer_bytes=4096, reserve_bytes=4096, tokens_bytes=4096)
 ID, NONCE, DIGEST, PROOF = bytes(range(16)), bytes(range(32)), b"d" * 16, b"p" * 32
@@ -158,18 +158,21 @@ EVENTS = [pytest.param(*row, id=f"{type(row[1]).__name__}-{len(row[3])}") for ro
 def frame_bytes(
     type_id: int,
     header: bytes | dict[str, Any],
-    payload_len: int = 0,
+    payload: bytes = b"",
     *,
     magic: bytes = b"HMAD",
     version: int = 1,
-    flags: int = 0,
+    number: int = 0,
     header_len: int | None = None,
+    payload_len: int | None = None,
 ) -> bytes:
     """Prefix and header, made independently of the codec."""
     raw = header if isinstance(header, bytes) else msgspec.msgpack.encode(header)
     length = len(raw) if header_len is None else header_len
-    fixed = magic + struct.pack("<BBHIQ", version, type_id, flags, length, payload_len)
-    return fixed + struct.pack("<I", xxhash.xxh32_intdigest(fixed + raw, seed=0)) + raw
+    size = len(payload) if payload_len is None else payload_len
+    fixed = magic + struct.pack("<BBHIQ", version, type_id, number, length, size)
+    covered = fixed + raw + (b"" if type_id == 8 else payload)
+    return fixed + struct.pack("<I", xxhash.xxh32_intdigest(covered, seed=0)) + raw
 
 
 class Harness:
@@ -204,14 +207,16 @@ def refused(data: bytes, words: str, harness: Harness | None = None) -> None:
 
 @pytest.mark.parametrize(("type_id", "message", "header", "payload"), EVENTS)
 def test_event_to_bytes(type_id: int, message: m.AnyMessage, header: dict[str, Any], payload: bytes) -> None:
-    assert encode_frame(message, len(payload)) == frame_bytes(type_id, header, len(payload))
+    number = 0 if isinstance(message, HANDSHAKE) else 70_000
+    expected = frame_bytes(type_id, header, payload, number=number % 65_536)
+    assert encode_frame(message, payload, number) == expected
 
 
 @pytest.mark.parametrize(("type_id", "message", "header", "payload"), EVENTS)
 @pytest.mark.parametrize("step", [1, 7, 10**6])
 def test_bytes_to_event(type_id: int, message: m.AnyMessage, header: dict[str, Any], payload: bytes, step: int) -> None:
     harness = reader_for(message)
-    data = frame_bytes(type_id, header, len(payload)) + payload
+    data = frame_bytes(type_id, header, payload) + payload
     received = [r for at in range(0, len(data), step) for r in harness.reader.feed(data[at : at + step])]
     assert [r.message for r in received] == [message]
     assert harness.payload_of(received[0]) == payload
@@ -225,8 +230,9 @@ def test_trailing_data_belongs_to_the_next_frame(
     type_id: int, message: m.AnyMessage, header: dict[str, Any], payload: bytes
 ) -> None:
     harness = reader_for(message)
-    data = frame_bytes(type_id, header, len(payload)) + payload
-    received = harness.reader.feed(data + data + data[:10])
+    number = 0 if isinstance(message, HANDSHAKE) else 1
+    first, second = (frame_bytes(type_id, header, payload, number=n) + payload for n in (0, number))
+    received = harness.reader.feed(first + second + second[:10])
     assert [r.message for r in received] == [message, message]
     assert [len(harness.reader.get_buffer())] == [PREFIX_BYTES - 10]
 
@@ -242,7 +248,7 @@ def test_a_golden_frame() -> None:
 
 def test_get_buffer_is_exact_and_without_side_effects() -> None:
     harness = Harness()
-    data = encode_frame(m.Layer(ID, 3, 2, 5, 1, 0, 2, DIGEST), 200) + LAYER_PAYLOAD
+    data = encode_frame(m.Layer(ID, 3, 2, 5, 1, 0, 2, DIGEST), LAYER_PAYLOAD) + LAYER_PAYLOAD
     header_len = len(data) - 200 - PREFIX_BYTES
     seen = []
     while data:
@@ -260,7 +266,8 @@ def test_get_buffer_is_exact_and_without_side_effects() -> None:
 def test_digest_none_hashes_nothing() -> None:
     harness = Harness()
     harness.reader.digest = "none"
-    (received,) = harness.reader.feed(encode_frame(m.Layer(ID, 3, 2, 5, 1, 0, 2, DIGEST), 200) + LAYER_PAYLOAD)
+    layer = m.Layer(ID, 3, 2, 5, 1, 0, 2, DIGEST)
+    (received,) = harness.reader.feed(encode_frame(layer, LAYER_PAYLOAD) + LAYER_PAYLOAD)
     assert received.digest is None
     assert harness.landed == LAYER_PAYLOAD
 
@@ -269,7 +276,7 @@ def test_a_layer_payload_is_never_copied() -> None:
     arena = bytearray(4096)
     reader = FrameReader(LIMITS, lambda layer, payload_len: [memoryview(arena)[100 : 100 + payload_len]])
     reader.authenticated = True
-    (received,) = reader.feed(encode_frame(m.Layer(ID, 3, 2, 5, 1, 0, 2, DIGEST), 200) + LAYER_PAYLOAD)
+    (received,) = reader.feed(encode_frame(m.Layer(ID, 3, 2, 5, 1, 0, 2, DIGEST), LAYER_PAYLOAD) + LAYER_PAYLOAD)
     assert received.payload is None
     assert bytes(arena) == bytes(100) + LAYER_PAYLOAD + bytes(4096 - 300)
 
@@ -278,15 +285,15 @@ PING = {"sent_s": 0.5}
 BAD_PREFIX = {
     "magic": (frame_bytes(16, PING, magic=b"HTTP"), "does not speak hmad"),
     "version": (frame_bytes(16, PING, version=2), "protocol version 2, this node 1"),
-    "flags": (frame_bytes(16, PING, flags=0x100), "flags are 0x0100"),
+    "number": (frame_bytes(16, PING, number=1), "PING is frame 1 of its connection, 0 is next"),
     "type 0": (frame_bytes(0, PING), "unknown frame type 0"),
     "type 20": (frame_bytes(20, PING), "unknown frame type 20"),
     "empty header": (frame_bytes(16, b""), "header of 0 bytes"),
     "long header": (frame_bytes(16, PING, header_len=65_537), "header of 65537 bytes, must be 1 to 65536"),
-    "payload of a PING": (frame_bytes(16, PING, 1), "payload of 1 bytes, at most 0"),
-    "huge payload": (frame_bytes(8, LAYER_MAP, 2**64 - 1), "at most 4096"),
-    "huge RESERVE": (frame_bytes(5, {}, 4097), "at most 4096"),
-    "huge TOKENS": (frame_bytes(12, {}, 4097), "at most 4096"),
+    "payload of a PING": (frame_bytes(16, PING, b"x"), "payload of 1 bytes, at most 0"),
+    "huge payload": (frame_bytes(8, LAYER_MAP, payload_len=2**64 - 1), "at most 4096"),
+    "huge RESERVE": (frame_bytes(5, {}, payload_len=4097), "at most 4096"),
+    "huge TOKENS": (frame_bytes(12, {}, payload_len=4097), "at most 4096"),
     "checksum": (frame_bytes(16, PING)[:-1] + b"\x01", "checksum"),
     "checksum of the prefix": (frame_bytes(16, PING)[:5] + b"\x12" + frame_bytes(16, PING)[6:], "DRAIN: the checksum"),
     "HELLO again": (frame_bytes(1, TABLE[0][2]), "HELLO may not come after"),
@@ -301,7 +308,7 @@ def test_bad_prefix(data: bytes, words: str) -> None:
 
 def test_a_prefix_is_refused_before_its_header_is_read() -> None:
     refused(frame_bytes(16, PING, header_len=65_537)[:PREFIX_BYTES], "header of")
-    refused(frame_bytes(8, LAYER_MAP, 2**40)[:PREFIX_BYTES], "payload of")
+    refused(frame_bytes(8, LAYER_MAP, payload_len=2**40)[:PREFIX_BYTES], "payload of")
 
 
 @pytest.mark.parametrize("frame_type", sorted(set(m.FrameType) - {1, 2, 3, 4}))
@@ -345,7 +352,8 @@ BAD_HEADER: dict[str, tuple[int, Any, int]] = {
 @pytest.mark.parametrize(("type_id", "header", "payload_len"), BAD_HEADER.values(), ids=BAD_HEADER)
 def test_bad_header(type_id: int, header: Any, payload_len: int) -> None:
     raw = header if isinstance(header, bytes) else msgspec.msgpack.encode(header)
-    refused(frame_bytes(type_id, raw, payload_len), "bad header")
+    payload = bytes(payload_len)
+    refused(frame_bytes(type_id, raw, payload) + payload, "bad header")
 
 
 BAD_PAYLOAD = {
@@ -363,8 +371,8 @@ BAD_PAYLOAD = {
 
 @pytest.mark.parametrize(("type_id", "header", "payload_len"), BAD_PAYLOAD.values(), ids=BAD_PAYLOAD)
 def test_payload_that_does_not_go_with_its_header(type_id: int, header: dict[str, Any], payload_len: int) -> None:
-    harness = Harness()
-    refused(frame_bytes(type_id, header, payload_len), "payload|descriptor", harness)
+    harness, payload = Harness(), bytes(payload_len)
+    refused(frame_bytes(type_id, header, payload) + payload, "payload|descriptor", harness)
     assert harness.num_places == 0
 
 
@@ -383,10 +391,37 @@ def test_deep_nesting_in_an_ignored_key_is_refused() -> None:
 
 def test_after_an_error_nothing_is_read() -> None:
     harness = Harness()
-    refused(frame_bytes(16, PING, flags=1), "flags")
-    refused(frame_bytes(16, PING, flags=1), "flags", harness)
+    refused(frame_bytes(16, PING, number=1), "lost", harness)
     assert len(harness.reader.get_buffer()) > 0
-    refused(frame_bytes(16, PING), "flags", harness)
+    refused(frame_bytes(16, PING), "lost", harness)
+
+
+def test_frames_of_a_connection_are_counted() -> None:
+    """What TCP never does, a broken proxy may: one of three frames lost, said twice, or overtaken by the next."""
+    writer = FrameWriter()
+    first, second, third = (writer.encode(m.Ping(float(n))) for n in range(3))
+    assert len(Harness().reader.feed(first + second + third)) == 3
+    for wrong in (second, first + third, first + first, first + second + first):
+        refused(wrong, "lost, repeated or reordered")
+
+
+def test_numbers_begin_again_and_pass_over_the_handshake() -> None:
+    writer, harness = FrameWriter(), Harness()
+    for _ in range(65_537):
+        assert len(harness.reader.feed(writer.encode(m.Ping(0.5)))) == 1
+    assert len(harness.reader.feed(writer.encode(m.Reject("no")) + writer.encode(m.Ping(0.5)))) == 2
+
+
+@pytest.mark.parametrize("row", [row for row in TABLE if row[3] and row[0] != 8], ids=lambda row: type(row[1]).__name__)
+def test_damage_to_a_control_payload_is_found(row: tuple[int, m.AnyMessage, dict[str, Any], bytes]) -> None:
+    """A prompt's token ids, logprobs and logits: no digest in the header covers them, the checksum does."""
+    _, message, _, payload = row
+    frame = encode_frame(message, payload) + payload
+    assert len(reader_for(message).reader.feed(frame)) == 1
+    for at in range(len(payload)):
+        damaged = bytearray(frame)
+        damaged[len(frame) - 1 - at] ^= 1
+        refused(bytes(damaged), "checksum", reader_for(message))
 
 
 def test_what_place_refuses_is_refused() -> None:
@@ -396,14 +431,14 @@ def test_what_place_refuses_is_refused() -> None:
     reader = FrameReader(LIMITS, place)
     reader.authenticated = True
     with pytest.raises(RemoteProtocolError, match="not yours"):
-        reader.feed(encode_frame(m.Layer(ID, 3, 2, 5, 1, 0, 2, DIGEST), 200))
+        reader.feed(encode_frame(m.Layer(ID, 3, 2, 5, 1, 0, 2, DIGEST), LAYER_PAYLOAD))
 
 
 def test_place_must_give_exactly_the_room_needed() -> None:
     reader = FrameReader(LIMITS, lambda layer, payload_len: [memoryview(bytearray(payload_len + 1))])
     reader.authenticated = True
     with pytest.raises(LocalProtocolError, match="201 bytes of room"):
-        reader.feed(encode_frame(m.Layer(ID, 3, 2, 5, 1, 0, 2, DIGEST), 200))
+        reader.feed(encode_frame(m.Layer(ID, 3, 2, 5, 1, 0, 2, DIGEST), LAYER_PAYLOAD))
 
 
 def test_more_bytes_than_asked_for_is_our_bug() -> None:
@@ -423,10 +458,10 @@ def test_more_bytes_than_asked_for_is_our_bug() -> None:
 )
 def test_we_do_not_send_what_the_peer_must_refuse(message: m.AnyMessage, payload_len: int) -> None:
     with pytest.raises(LocalProtocolError):
-        encode_frame(message, payload_len)
+        encode_frame(message, bytes(payload_len))
 
 
-VALID = [frame_bytes(row[0], row[2], len(row[3])) + row[3] for row in TABLE]
+VALID = [frame_bytes(row[0], row[2], row[3]) + row[3] for row in TABLE]
 MAPS = st.dictionaries(
     st.sampled_from(sorted({key for row in TABLE for key in row[2]})),
     st.recursive(
@@ -449,7 +484,7 @@ def damaged(draw: st.DrawFn) -> bytes:
         data[draw(st.integers(0, len(data) - 1))] = draw(st.integers(0, 255))
     if draw(st.booleans()):
         (header_len,) = struct.unpack_from("<I", data, 8)
-        header = data[PREFIX_BYTES : PREFIX_BYTES + header_len]
+        header = data[PREFIX_BYTES : PREFIX_BYTES + header_len] if data[5] == 8 else data[PREFIX_BYTES:]
         struct.pack_into("<I", data, 20, xxhash.xxh32_intdigest(bytes(data[:20] + header)))
     return bytes(data)
 
@@ -458,7 +493,9 @@ def damaged(draw: st.DrawFn) -> bytes:
 def invented(draw: st.DrawFn) -> bytes:
     """A right prefix and checksum before an invented header."""
     header = draw(st.binary(min_size=1, max_size=40) | MAPS.map(msgspec.msgpack.encode))
-    return frame_bytes(draw(st.integers(0, 20)), header, draw(st.sampled_from([0, 0, 0, 3, 8, 4096, 2**63])))
+    payload_len = draw(st.sampled_from([0, 0, 0, 3, 8, 4096, 2**63]))
+    payload = bytes(payload_len if payload_len < 4097 else 0)
+    return frame_bytes(draw(st.integers(0, 20)), header, payload, payload_len=payload_len) + payload
 
 
 @settings(max_examples=300, deadline=None)

@@ -27,7 +27,7 @@ from hmad.facts.sampling import SampledToken
 from hmad.facts.timeline import LayerTimes, Timeline
 from hmad.roles.decode import DecodeCounters, DecodeRole
 from hmad.roles.engines import StepOutput
-from hmad.transport import decode_listener, prefill_link
+from hmad.transport import decode_listener, liveness, prefill_link
 from hmad.transport.bulk import BulkSender, OutgoingLayer
 from hmad.transport.clock import ClockOffset
 from hmad.transport.connection import tune
@@ -37,7 +37,7 @@ from hmad.transport.liveness import DEAD_AFTER_S
 from hmad.transport.prefill_link import LinkSettings, PeerLink, connect_socket
 from hmad.transport.rate import MAX_LATENESS_S, Pacer
 from hmad.wire import messages as m
-from hmad.wire.frames import FrameReader, encode_frame
+from hmad.wire.frames import FrameReader, FrameWriter, encode_frame
 from hmad.wire.handshake import NodeIdentity, PrefillHandshake
 from hmad.wire.transfers import root_digest
 
@@ -387,6 +387,7 @@ class HandDriven:
         self._session = secrets.token_bytes(16)
         self._readers: dict[m.Channel, tuple[asyncio.StreamReader, FrameReader]] = {}
         self._writers: dict[m.Channel, asyncio.StreamWriter] = {}
+        self.frames = {channel: FrameWriter() for channel in m.Channel}
         self._inbox: list[m.AnyMessage] = []
 
     async def open(self) -> None:
@@ -403,7 +404,7 @@ class HandDriven:
                 await self.receive(m.Load)
 
     async def send(self, message: m.AnyMessage, payload: bytes = b"", channel: m.Channel = m.Channel.CONTROL) -> None:
-        await self.write(encode_frame(message, len(payload)) + payload, channel)
+        await self.write(self.frames[channel].encode(message, payload) + payload, channel)
 
     async def write(self, data: bytes, channel: m.Channel = m.Channel.BULK) -> None:
         self._writers[channel].write(data)
@@ -658,7 +659,7 @@ async def test_slots_stay_taken_while_a_frame_is_being_received_into_them() -> N
     async with by_hand() as (decode, hand):
         message = await granted(hand, num_blocks=1)
         payload = random_kv(1)[0].tobytes()
-        data = encode_frame(layer_of(message, payload, 0, range(1), range(4)), len(payload)) + payload
+        data = encode_frame(layer_of(message, payload, 0, range(1), range(4)), payload) + payload
         await hand.write(data[: len(data) // 2])
         await until(lambda: any(t.num_filling for t in decode.session.transfers.live()))
         await hand.send(m.Abort(message.transfer_id, 0, m.AbortReason.CANCELLED, num_frames=1))
@@ -711,6 +712,20 @@ async def test_a_lease_without_bytes_expires() -> None:
 
 
 # --- peers that go silent, or away ---
+
+
+async def test_a_layer_that_stops_half_way_ends_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its control channel goes on to tell that it lives; between two frames a bulk channel may be as silent as it
+    likes."""
+    monkeypatch.setattr(liveness, "STALL_S", 0.1)
+    async with by_hand() as (decode, hand):
+        message = await granted(hand, num_blocks=1)
+        await asyncio.sleep(0.3)
+        assert len(decode.listener.sessions) == 1
+        payload = random_kv(1)[0].tobytes()
+        await hand.write(encode_frame(layer_of(message, payload, 0, range(1), range(4)), payload) + payload[:100])
+        assert await hand.ended()
+        await until(lambda: decode.idle)
 
 
 async def test_silence_is_noticed_on_both_sides() -> None:

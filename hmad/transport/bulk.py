@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hmad.transport.rate import Pacer
-from hmad.wire.frames import encode_frame
+from hmad.wire.frames import FrameWriter
 from hmad.wire.messages import Layer
 
 
@@ -28,6 +28,7 @@ class BulkSender:
     def __init__(self, sock: socket.socket, pacer: Pacer) -> None:
         self._sock = sock
         self._pacer = pacer
+        self._writer = FrameWriter()
         self._queue: asyncio.Queue[OutgoingLayer] = asyncio.Queue()
         self._closed = False
 
@@ -67,7 +68,7 @@ class BulkSender:
     async def _send(self, layer: OutgoingLayer) -> None:
         try:
             if layer.begin():
-                await self._send_bytes(encode_frame(layer.message, layer.payload.nbytes), layer.payload)
+                await self._send_bytes(self._writer.encode(layer.message, layer.payload), layer.payload)
         finally:
             layer.sent()
 

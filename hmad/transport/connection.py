@@ -8,10 +8,8 @@ from typing import Protocol
 
 from hmad.facts.errors import RemoteError, RemoteProtocolError
 from hmad.transport.liveness import DEAD_AFTER_S
-from hmad.wire.frames import FrameReader, Received, encode_frame
+from hmad.wire.frames import FrameReader, FrameWriter, Payload, Received
 from hmad.wire.messages import AnyMessage
-
-Payload = bytes | bytearray | memoryview
 
 # A peer that does not read its control channel is cut off before its backlog eats our memory.
 MAX_UNSENT_BYTES = 64 << 20
@@ -32,17 +30,20 @@ class FrameConnection(asyncio.BufferedProtocol):
 
     def __init__(self, reader: FrameReader, make_handler: "Callable[[FrameConnection], FrameHandler]") -> None:
         self.reader = reader
+        self._writer = FrameWriter()
         self._make_handler = make_handler
         self._handler: FrameHandler | None = None
         self._transport: asyncio.Transport | None = None
         self._error: Exception | None = None
-        self.peer_name = "?"
+        self.peer_name = self.peer_host = "?"
         self.heard_s = 0.0  # when the last byte came
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]
         tune(transport.get_extra_info("socket"))
-        self.peer_name = format_address(transport.get_extra_info("peername"))
+        address = transport.get_extra_info("peername")
+        self.peer_name = format_address(address)
+        self.peer_host = host_of(address)
         self._handler = self._make_handler(self)
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -68,6 +69,11 @@ class FrameConnection(asyncio.BufferedProtocol):
             handler.connection_lost(self._error or exc)
 
     @property
+    def in_frame(self) -> bool:
+        """Whether the peer has begun a frame and owes the rest of it."""
+        return self.reader.in_frame
+
+    @property
     def is_open(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
@@ -75,9 +81,8 @@ class FrameConnection(asyncio.BufferedProtocol):
         """Queue one frame. The payload must not change afterwards (control payloads are small and owned by us)."""
         if self._transport is None or self._transport.is_closing():
             return  # its handler is about to learn, or has learnt, that the connection is lost
-        size = 0 if payload is None else memoryview(payload).nbytes
-        self._transport.write(encode_frame(message, size))
-        if payload is not None and size:
+        self._transport.write(self._writer.encode(message, payload or b""))
+        if payload:
             self._transport.write(payload)
         if self._transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             self.close(RemoteProtocolError(f"{self.peer_name} does not read: {MAX_UNSENT_BYTES} bytes wait for it"))
@@ -101,6 +106,11 @@ def tune(sock: socket.socket | None) -> None:
     if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * DEAD_AFTER_S))
+
+
+def host_of(address: tuple[object, ...] | str | None) -> str:
+    """Who an address is, without the port."""
+    return str(address[0]) if isinstance(address, tuple) else "?"
 
 
 def format_address(address: tuple[object, ...] | str | None) -> str:

@@ -10,7 +10,9 @@ from typing import Protocol
 from hmad.facts.errors import ConfigError, RemoteError, RemoteProtocolError
 from hmad.facts.formats import KVGeometry
 from hmad.transport.connection import FrameConnection
-from hmad.transport.liveness import DEAD_AFTER_S, HANDSHAKE_S, Liveness
+from hmad.transport.liveness import DEAD_AFTER_S, HANDSHAKE_S, Liveness, StallWatch
+from hmad.transport.strangers import Strangers
+from hmad.wire import limits as bounds
 from hmad.wire.frames import DIGEST_NONE, FrameReader, Received
 from hmad.wire.handshake import Agreement, DecodeHandshake, NodeIdentity, make_reject
 from hmad.wire.messages import (
@@ -82,6 +84,7 @@ class DecodeListener:
         self.settings = settings
         self.host = host
         self.sessions: dict[bytes, DecodeSession] = {}
+        self.strangers = Strangers(bounds.MAX_STRANGERS, bounds.MAX_STRANGERS_PER_ADDRESS)
         self._connections: set[AcceptedConnection] = set()
         self._server: asyncio.Server | None = None
         self._drain: Drain | None = None  # what was said when we began to drain
@@ -127,10 +130,14 @@ class DecodeListener:
         if agreement.channel is Channel.BULK:
             if session is None or session.peer_boot_id != agreement.peer_boot_id:
                 raise RemoteProtocolError("a bulk channel needs the control channel of its session first")
+            if len(session.connections) > bounds.MAX_BULK_CHANNELS:
+                raise RemoteProtocolError(f"a session may have {bounds.MAX_BULK_CHANNELS} bulk channels")
             session.connections.append(connection)
             return session
         if session is not None:
             raise RemoteProtocolError("this session has a control channel already")
+        if len(self.sessions) >= bounds.MAX_SESSIONS:
+            raise RemoteProtocolError(f"this decode node has {bounds.MAX_SESSIONS} sessions already")
         self.sessions[agreement.session] = session = DecodeSession(self, connection, agreement)
         if self._drain is not None:
             session.send(self._drain)
@@ -157,12 +164,12 @@ class AcceptedConnection:
         self._session: DecodeSession | None = None
         self._place: LayerPlace | None = None
         self.connection: FrameConnection
-        self._patience: asyncio.TimerHandle
+        self._watch: StallWatch | None = None
 
     def made(self, connection: FrameConnection) -> "AcceptedConnection":
         self.connection = connection
-        self._patience = asyncio.get_running_loop().call_later(HANDSHAKE_S, self._impatient)
         self._listener.add(self)
+        self._listener.strangers.add(self, connection.peer_host, HANDSHAKE_S)
         return self
 
     def place(self, layer: Layer, payload_bytes: int) -> Sequence[memoryview]:
@@ -184,8 +191,10 @@ class AcceptedConnection:
             self._session.frame_received(self, received)
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._patience.cancel()
+        self._listener.strangers.discard(self)
         self._listener.discard(self)
+        if self._watch is not None:
+            self._watch.stop()
         if self._session is not None:
             self._session.lost(error or RemoteError("the prefill node closed the connection"))
         elif isinstance(error, RemoteError):
@@ -202,7 +211,7 @@ class AcceptedConnection:
             self._authenticated(self._handshake.agreement)
 
     def _authenticated(self, agreement: Agreement) -> None:
-        self._patience.cancel()
+        self._listener.strangers.discard(self)
         self.connection.reader.authenticated = True
         self.connection.reader.digest = agreement.digest
         try:
@@ -210,9 +219,11 @@ class AcceptedConnection:
         except RemoteProtocolError as error:
             self.connection.send(make_reject(str(error)))
             raise
+        if agreement.channel is Channel.BULK:
+            self._watch = StallWatch(self.connection, self.show_out)
 
-    def _impatient(self) -> None:
-        self.connection.abort(RemoteError(f"no handshake within {HANDSHAKE_S:g} s"))
+    def show_out(self, reason: str) -> None:
+        self.connection.abort(RemoteError(reason))
 
 
 class DecodeSession:

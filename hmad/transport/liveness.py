@@ -3,10 +3,12 @@
 import asyncio
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 HEARTBEAT_S = 0.3
 DEAD_AFTER_S = 1.5
 HANDSHAKE_S = 5.0
+STALL_S = 0.9  # looked at so often: a frame that has stopped is found after once to twice this time
 
 
 class Liveness:
@@ -37,3 +39,38 @@ class Liveness:
         self._beat()
         self._due_s = now + HEARTBEAT_S
         self._timer = asyncio.get_running_loop().call_later(HEARTBEAT_S, self._tick)
+
+
+class Flow(Protocol):
+    """What a StallWatch sees of a connection."""
+
+    heard_s: float  # when the last byte came
+
+    @property
+    def in_frame(self) -> bool: ...
+
+
+class StallWatch:
+    """Reports a channel without heartbeats on which a frame has stopped half-way: only there is it sure that more
+    must come. Judged, as silence is, only by a loop that was itself on time.
+    """
+
+    def __init__(self, flow: Flow, stalled: Callable[[str], None]) -> None:
+        self._flow = flow
+        self._stalled = stalled
+        self._look_later()
+
+    def stop(self) -> None:
+        self._timer.cancel()
+
+    def _look_later(self) -> None:
+        self._due_s = time.monotonic() + STALL_S
+        self._timer = asyncio.get_running_loop().call_later(STALL_S, self._look)
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        in_time = now - self._due_s < HEARTBEAT_S
+        if in_time and self._flow.in_frame and now - self._flow.heard_s > STALL_S:
+            self._stalled(f"a frame stopped half-way for {now - self._flow.heard_s:.1f} s")
+        else:
+            self._look_later()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 # Short enough that a cap of tens of MB/s looks smooth, long enough that timers (1 ms in libuv) can keep it.
 SLICE_S = 0.004
-MIN_SLICE_BYTES = 4096
+MIN_SLICE_BYTES = 4096  # or what a slower link carries in a second: the peer takes a longer silence for a broken link
 # A busy machine wakes a timer late; so much lateness is made up for, so that the average holds. More is lost.
 MAX_LATENESS_S = 0.02
 
@@ -24,8 +24,11 @@ class Pacer:
 
     def slices(self, view: memoryview) -> Iterator[memoryview]:
         """The view in pieces that may be sent one by one."""
-        step = len(view) if self._rate is None else max(MIN_SLICE_BYTES, int(self._rate * SLICE_S))
+        step = len(view) if self._rate is None else self._slice_bytes(self._rate)
         return (view[start : start + step] for start in range(0, len(view), max(step, 1)))
+
+    def _slice_bytes(self, rate: float) -> int:
+        return int(max(min(MIN_SLICE_BYTES, rate), rate * SLICE_S))
 
     def skip_idle(self) -> None:
         """Nothing was to be sent until now: that time is gone, not saved up for a burst."""

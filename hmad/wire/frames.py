@@ -20,9 +20,10 @@ PROTOCOL_VERSION = 1
 DIGEST_XXH3 = "xxh3-128"
 DIGEST_NONE = "none"
 
-_FIXED = struct.Struct("<4sBBHIQ")  # magic, protocol version, frame type, flags, header_len, payload_len
-_CHECKSUM = struct.Struct("<I")  # xxh32, seed 0, of the fixed fields and the header
+_FIXED = struct.Struct("<4sBBHIQ")  # magic, protocol version, frame type, number, header_len, payload_len
+_CHECKSUM = struct.Struct("<I")  # xxh32, seed 0, of the fixed fields, the header, and any payload but a LAYER's
 PREFIX_BYTES = _FIXED.size + _CHECKSUM.size
+NUMBERS = 1 << 16  # frame numbers count to here and begin again
 # A payload is received in parts that are still in the processor's cache when they are digested.
 MAX_PART_BYTES = 512 << 10
 
@@ -33,6 +34,7 @@ _DECODERS: dict[FrameType, msgspec.msgpack.Decoder[Any]] = {
 _TYPES = {int(frame_type): frame_type for frame_type in FrameType}
 
 Place = Callable[[Layer, int], Sequence[memoryview]]
+Payload = bytes | bytearray | memoryview
 
 
 class Received(NamedTuple):
@@ -53,17 +55,43 @@ def encode_header(message: AnyMessage) -> bytes:
     return _ENCODER.encode(message)
 
 
-def encode_frame(message: AnyMessage, payload_bytes: int = 0) -> bytes:
-    """Prefix and header of a frame whose payload, ``payload_bytes`` long, is sent right behind it."""
+def encode_frame(message: AnyMessage, payload: Payload = b"", number: int = 0) -> bytes:
+    """Prefix and header of a frame; ``payload`` is sent right behind it. ``FrameWriter`` knows the ``number``."""
     header = encode_header(message)
+    payload_bytes = memoryview(payload).nbytes
     fault = _payload_fault(message, payload_bytes)
     if len(header) > bounds.MAX_HEADER_BYTES:
         fault = f"a header of {len(header)} bytes, at most {bounds.MAX_HEADER_BYTES} may be sent"
     frame_type = TYPE_OF[type(message)]
     if fault:
         raise LocalProtocolError(f"{frame_type.name}: {fault}")
-    fixed = _FIXED.pack(MAGIC, PROTOCOL_VERSION, frame_type, 0, len(header), payload_bytes)
-    return b"".join((fixed, _CHECKSUM.pack(xxhash.xxh32_intdigest(fixed + header)), header))
+    fixed = _FIXED.pack(MAGIC, PROTOCOL_VERSION, frame_type, number % NUMBERS, len(header), payload_bytes)
+    checksum = _checksum(fixed + header, b"" if frame_type is FrameType.LAYER else payload)
+    return b"".join((fixed, _CHECKSUM.pack(checksum), header))
+
+
+def _checksum(prefix_and_header: bytes | bytearray, payload: Payload) -> int:
+    checksum = xxhash.xxh32(prefix_and_header)
+    checksum.update(payload)
+    return checksum.intdigest()
+
+
+class FrameWriter:
+    """Encodes one connection's frames: numbered, so that the peer finds out when one is lost, repeated or overtaken.
+
+    The handshake's frames have the number 0; it has an order of its own.
+    """
+
+    def __init__(self) -> None:
+        self._num_frames = 0
+
+    def encode(self, message: AnyMessage, payload: Payload = b"") -> bytes:
+        """Like ``encode_frame``: the next frame of this connection."""
+        if TYPE_OF[type(message)] in bounds.FRAMES_BEFORE_AUTH:
+            return encode_frame(message, payload)
+        frame = encode_frame(message, payload, self._num_frames)
+        self._num_frames += 1
+        return frame
 
 
 class FrameReader:
@@ -83,11 +111,17 @@ class FrameReader:
             FrameType.TOKENS: limits.tokens_bytes,
         }
         self._place = place
+        self._num_frames = 0  # that came, but for the handshake's
         self._prefix = bytearray(PREFIX_BYTES)
         self._error: HmadError | None = None
         self._part: memoryview
         self._part_done: Callable[[], Received | None]
         self._start_frame()
+
+    @property
+    def in_frame(self) -> bool:
+        """Whether a frame has begun to come, so that more must."""
+        return self._part_done != self._prefix_done or len(self._part) < PREFIX_BYTES
 
     def get_buffer(self) -> memoryview:
         """Where the next bytes go, all of them or the first. No side effects; never empty."""
@@ -138,7 +172,7 @@ class FrameReader:
         self._part_done = done
 
     def _prefix_done(self) -> None:
-        magic, version, type_id, flags, header_len, payload_len = _FIXED.unpack_from(self._prefix)
+        magic, version, type_id, number, header_len, payload_len = _FIXED.unpack_from(self._prefix)
         if magic != MAGIC:
             raise RemoteProtocolError(f"the peer does not speak hmad: its frame starts with {magic!r}")
         if version != PROTOCOL_VERSION:
@@ -146,9 +180,8 @@ class FrameReader:
                 f"the peer speaks protocol version {version}, this node {PROTOCOL_VERSION}: "
                 "run the same release of hmad on both"
             )
-        if flags:
-            raise RemoteProtocolError(f"flags are {flags:#06x}, must be 0")
         self._frame_type = self._check_type(type_id)
+        self._number: int = number
         self._payload_len: int = payload_len
         self._check_sizes(header_len, payload_len)
         self._header = bytearray(header_len)
@@ -174,26 +207,42 @@ class FrameReader:
             raise RemoteProtocolError(f"{name} has a payload of {payload_len} bytes, at most {most} are allowed")
 
     def _header_done(self) -> Received | None:
-        self._check_checksum()
-        self._message = _decode_header(self._frame_type, self._header)
-        fault = _payload_fault(self._message, self._payload_len)
-        if fault:
-            raise RemoteProtocolError(f"{self._frame_type.name}: {fault}")
-        self._views = self._destinations()
+        if self._payload_len and self._frame_type is not FrameType.LAYER:
+            self._payload = memoryview(bytearray(self._payload_len))
+            self._expect(self._payload, self._control_payload_done)
+            return None
+        self._message = self._checked_message()
+        if isinstance(self._message, Layer):
+            self._views = self._layer_destinations(self._message)
         return self._next_view()
 
-    def _check_checksum(self) -> None:
-        (expected,) = _CHECKSUM.unpack_from(self._prefix, _FIXED.size)
-        if xxhash.xxh32_intdigest(self._prefix[: _FIXED.size] + self._header) != expected:
-            raise RemoteProtocolError(f"{self._frame_type.name}: the checksum of prefix and header is wrong")
+    def _control_payload_done(self) -> Received | None:
+        self._message = self._checked_message()
+        return self._next_view()
 
-    def _destinations(self) -> list[memoryview]:
-        if isinstance(self._message, Layer):
-            return self._layer_destinations(self._message)
-        if not self._payload_len:
-            return []
-        self._payload = memoryview(bytearray(self._payload_len))
-        return [self._payload]
+    def _checked_message(self) -> AnyMessage:
+        """The header's message, once all that the checksum covers is here."""
+        name = self._frame_type.name
+        (expected,) = _CHECKSUM.unpack_from(self._prefix, _FIXED.size)
+        if _checksum(self._prefix[: _FIXED.size] + self._header, self._payload or b"") != expected:
+            raise RemoteProtocolError(f"{name}: the checksum is wrong")
+        self._check_number()
+        message = _decode_header(self._frame_type, self._header)
+        fault = _payload_fault(message, self._payload_len)
+        if fault:
+            raise RemoteProtocolError(f"{name}: {fault}")
+        return message
+
+    def _check_number(self) -> None:
+        if self._frame_type in bounds.FRAMES_BEFORE_AUTH:
+            return
+        expected = self._num_frames % NUMBERS
+        if self._number != expected:
+            raise RemoteProtocolError(
+                f"{self._frame_type.name} is frame {self._number} of its connection, {expected} is next: "
+                "frames were lost, repeated or reordered"
+            )
+        self._num_frames += 1
 
     def _layer_destinations(self, layer: Layer) -> list[memoryview]:
         views = [view.cast("B") for view in self._place(layer, self._payload_len)]
