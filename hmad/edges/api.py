@@ -41,6 +41,7 @@ from hmad.edges.openai_schema import (
     refuse_unsupported,
     token_text,
 )
+from hmad.edges.rest_guard import GUARD, RestGuard
 from hmad.edges.status_page import status_page
 from hmad.edges.timeline_page import timeline_page
 from hmad.edges.timeline_trace import chrome_trace
@@ -93,7 +94,10 @@ def key_digest(api_key: bytes) -> bytes:
 def build_app(services: RoleServices) -> web.Application:
     """The application of one node."""
     guard = Guard(services)
-    app = web.Application(middlewares=[guard.shape_errors, guard.ask_for_key], client_max_size=services.max_body_bytes)
+    door = RestGuard()
+    middlewares = [door.attend, guard.shape_errors, guard.ask_for_key]
+    app = web.Application(middlewares=middlewares, client_max_size=services.max_body_bytes)
+    app[GUARD] = door
     app.on_response_prepare.append(guard.sign)
     app.add_routes(NodeRoutes(services).routes())
     if services.served:
@@ -354,7 +358,8 @@ async def read_body(request: web.Request) -> bytes:
         raise RequestError(415, "the body must be sent as Content-Type: application/json", param="Content-Type")
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
-            return await request.read()
+            with request.app[GUARD].body_comes(request, 2 * BODY_TIMEOUT_S):
+                return await request.read()
     except TimeoutError:
         raise RequestError(408, f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s") from None
 

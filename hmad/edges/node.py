@@ -13,6 +13,7 @@ from aiohttp import web
 
 from hmad.edges.api import RoleServices, build_app
 from hmad.edges.node_model import SHUTDOWN_S, open_model
+from hmad.edges.rest_guard import GuardedSite
 from hmad.facts.config import Config
 from hmad.facts.errors import ConfigError
 
@@ -123,6 +124,6 @@ async def start_rest(runner: web.AppRunner, host: str, port: int) -> None:
     """Listen for REST. Raises ConfigError when the port cannot be had."""
     await runner.setup()
     try:
-        await web.TCPSite(runner, host, port).start()
+        await GuardedSite(runner, host, port).start()
     except OSError as error:
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
