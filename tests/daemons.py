@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 ROOT = Path(__file__).parent.parent
 ANSWER_S = 60.0  # machines under load, kernels that were never compiled here
@@ -180,10 +180,17 @@ class DecodeDaemon(Daemon):
         return f"127.0.0.1:{self.stream_port}"
 
 
+class Peer(Protocol):
+    """What a prefill node dials: a decode node, or a proxy before one."""
+
+    @property
+    def peer(self) -> str: ...
+
+
 class PrefillDaemon(Daemon):
     """A prefill node of some decode nodes."""
 
-    def __init__(self, model: Path, peers: Sequence[DecodeDaemon], **flags: object) -> None:
+    def __init__(self, model: Path, peers: Sequence[Peer], **flags: object) -> None:
         super().__init__("prefill", model, peer=",".join(peer.peer for peer in peers), **flags)
 
 
