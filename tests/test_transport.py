@@ -848,7 +848,7 @@ async def test_a_silent_stranger_is_shown_out(monkeypatch: pytest.MonkeyPatch) -
 
 
 async def test_a_port_that_does_not_answer_is_no_decode_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefill_link, "HANDSHAKE_S", 0.1)
+    monkeypatch.setattr(prefill_link, "DIAL_S", 0.1)
     with socket.create_server((HOST, 0)) as mute:
         async with linked(mute.getsockname()[1]) as link:
             await until(lambda: "no answer to the handshake" in (link.trouble or ""))

@@ -7,7 +7,8 @@ from typing import Protocol
 
 HEARTBEAT_S = 0.3
 DEAD_AFTER_S = 1.5
-HANDSHAKE_S = 5.0
+HANDSHAKE_S = 5.0  # for a stranger at our door
+DIAL_S = 2.0  # for a node that we dial: a lost handshake must not cost the requests that wait
 STALL_S = 0.9  # looked at so often: a frame that has stopped is found after once to twice this time
 
 

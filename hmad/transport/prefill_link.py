@@ -15,7 +15,7 @@ from hmad.transport.bulk import BulkSender, OutgoingLayer
 from hmad.transport.clock import ClockOffset
 from hmad.transport.connection import FrameConnection, tune
 from hmad.transport.lease import Denied, Lease
-from hmad.transport.liveness import HANDSHAKE_S, Liveness
+from hmad.transport.liveness import DIAL_S, Liveness
 from hmad.transport.rate import Pacer
 from hmad.wire.frames import FrameReader, Received, encode_frame
 from hmad.wire.handshake import Agreement, NodeIdentity, PrefillHandshake, make_reject
@@ -44,7 +44,7 @@ from hmad.wire.transfers import PrefillTransfers
 log = logging.getLogger(__name__)
 
 BACKOFF_FIRST_S = 0.1
-BACKOFF_LAST_S = 5.0
+BACKOFF_LAST_S = 1.0  # a node that comes back is used again before waiting requests give up
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class PrefillSession:
         """Dial and shake hands on every channel. Raises OSError, TimeoutError or RemoteError."""
         session = cls(link, settings)
         try:
-            async with asyncio.timeout(HANDSHAKE_S):
+            async with asyncio.timeout(DIAL_S):
                 await session._open_control()
                 for _ in range(settings.num_bulk_connections):
                     session._bulks.append(await session._open_bulk())
@@ -371,7 +371,7 @@ async def receive_frame(sock: socket.socket, reader: FrameReader) -> Received:
 def describe(error: BaseException, name: str) -> str:
     """Why there is no session, in words."""
     if isinstance(error, TimeoutError):
-        return f"no answer to the handshake within {HANDSHAKE_S:g} s: is {name} the stream port of a decode node?"
+        return f"no answer to the handshake within {DIAL_S:g} s: is {name} the stream port of a decode node?"
     if isinstance(error, ConnectionRefusedError):
         return f"nobody listens on {name}: is the decode node up?"
     return str(error) or type(error).__name__
