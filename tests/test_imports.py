@@ -8,14 +8,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = ("facts", "wire", "compute", "transport", "roles", "edges")  # lowest first
-EVERYWHERE = {"pickle", "marshal", "shelve", "dill", "cloudpickle"}  # they run what they read
 TOO_HEAVY = {
     "facts": {"asyncio", "torch", "numpy", "msgspec", "aiohttp", "uvloop"},
     "wire": {"asyncio", "torch", "numpy", "socket", "aiohttp", "uvloop"},
     "compute": {"asyncio", "aiohttp", "uvloop"},
     "kernels": {"hmad", "asyncio", "aiohttp", "uvloop"},
 }
-FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "yaml.load", "np.load", "numpy.load"}
 
 
 def layer_of(path: Path) -> str:
@@ -35,11 +33,6 @@ def imports_of(source: str) -> Iterator[str]:
             yield from (f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names)
 
 
-def calls_of(source: str) -> set[str]:
-    """Dotted names of everything called."""
-    return {ast.unparse(node.func) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)}
-
-
 def import_mistakes(layer: str, source: str) -> list[str]:
     """What a module of this layer imports and should not."""
     return [name for name in imports_of(source) if not may_import(layer, name)]
@@ -47,7 +40,7 @@ def import_mistakes(layer: str, source: str) -> list[str]:
 
 def may_import(layer: str, name: str) -> bool:
     top, _, rest = name.partition(".")
-    if top in EVERYWHERE | TOO_HEAVY.get(layer, set()) or name.startswith("."):
+    if top in TOO_HEAVY.get(layer, set()) or name.startswith("."):
         return False
     target = rest.partition(".")[0]
     return top != "hmad" or target not in LAYERS or LAYERS.index(target) <= LAYERS.index(layer)
@@ -59,11 +52,6 @@ SOURCES = sorted([*(ROOT / "hmad").rglob("*.py"), *(ROOT / "kernels").rglob("*.p
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_modules_import_only_downward(path: Path) -> None:
     assert import_mistakes(layer_of(path), path.read_text()) == []
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_nothing_runs_what_it_reads(path: Path) -> None:
-    assert calls_of(path.read_text()) & FORBIDDEN_CALLS == set()
 
 
 def test_every_folder_is_a_known_layer() -> None:
@@ -83,16 +71,10 @@ def test_every_folder_is_a_known_layer() -> None:
         ("roles", "from hmad.edges.cli import main"),
         ("roles", "from ..edges import cli"),
         ("kernels", "import hmad.facts"),
-        ("edges", "import pickle as p"),
     ],
 )
 def test_the_check_itself_finds(layer: str, line: str) -> None:
     assert import_mistakes(layer, line)
-
-
-@pytest.mark.parametrize("line", ["eval('1')", "x = torch.load(path)", "f(exec(s))"])
-def test_the_check_itself_finds_calls(line: str) -> None:
-    assert calls_of(line) & FORBIDDEN_CALLS
 
 
 def test_downward_imports_are_fine() -> None:

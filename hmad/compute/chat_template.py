@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from hmad.facts.errors import ModelError, RequestError
 
@@ -79,12 +79,11 @@ class ChatTemplate:
         return self._ask(json_line(self._setup))
 
     def _ask(self, line: bytes) -> dict[str, str]:
-        assert self._worker.stdin is not None
-        assert self._worker.stdout is not None
+        to_worker, from_worker = cast(IO[bytes], self._worker.stdin), cast(IO[bytes], self._worker.stdout)
         with contextlib.suppress(BrokenPipeError):  # it died while it read: the missing answer says so
-            self._worker.stdin.write(line)
-            self._worker.stdin.flush()
-        answer = self._worker.stdout.readline()
+            to_worker.write(line)
+            to_worker.flush()
+        answer = from_worker.readline()
         if not answer.endswith(b"\n"):
             return {"error": self._cause_of_death()}
         reply: dict[str, str] = json.loads(answer)

@@ -20,7 +20,7 @@ from hmad.compute.model import Qwen3
 from hmad.compute.sampler import SamplerInput, sample
 from hmad.compute.sequence import DecodeSequence
 from hmad.compute.staging import StagingPool
-from hmad.facts.errors import HmadError, NonFiniteKVError
+from hmad.facts.errors import HmadError, LocalError, NonFiniteKVError
 from hmad.facts.formats import KVFormat, KVGeometry
 from hmad.facts.sampling import SampledToken
 from hmad_kernels import cpu_attention, cpu_pack, cpu_rows, cpu_sampling
@@ -103,7 +103,8 @@ class CpuPrefill:
     ) -> torch.Tensor:
         """Attention of one chunk over its own and, for a later chunk, the earlier KV, unquantized."""
         history = chunk.sequence.history
-        assert history is not None or (chunk.start == 0 and chunk.is_last), "a cut prompt needs a history"
+        if history is None and not (chunk.start == 0 and chunk.is_last):
+            raise LocalError("a prompt that is cut into chunks came without a history")
         if history is not None:
             history.k[layer_id, chunk.start : chunk.end] = k
             history.v[layer_id, chunk.start : chunk.end] = v
