@@ -45,6 +45,8 @@ class Answer:
 class Daemon:
     """One hmad process. ``flags`` are its options: ``max_queue=1`` is ``--max-queue 1``."""
 
+    program: tuple[str, ...] = ("-m", "hmad")
+
     def __init__(self, role: str, model: Path, **flags: object) -> None:
         self.role = role
         self.port = int(str(flags.setdefault("port", free_port())))
@@ -56,7 +58,7 @@ class Daemon:
 
     def start(self) -> None:
         options = [word for name, value in self._flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-        command = [sys.executable, "-m", "hmad", *options]
+        command = [sys.executable, *self.program, *options]
         self._process = subprocess.Popen(command, cwd=ROOT, env=clean_environment(), stdout=self._log, stderr=self._log)
 
     def wait_until(self, path: str, status: int = 200) -> Answer:

@@ -164,7 +164,7 @@ def plain_services(**changes: Any) -> RoleServices:
     """Services of a healthy decode node, unless changed."""
     standard: dict[str, Any] = {
         "role": "decode",
-        "metrics": Metrics(),
+        "metrics": Metrics(changes.get("role", "decode")),
         "health": lambda: (True, ""),
         "status": lambda: {"arena": {"used_slots": 3, "total_slots": 10}},
     }

@@ -38,7 +38,7 @@ from hmad.edges.api import RoleServices, key_digest
 from hmad.edges.completions import ServedModel, ThinkingCounter, choice_seeds
 from hmad.edges.metrics import Metrics
 from hmad.edges.openai_schema import HARMLESS, ChatRequest, CompletionRequest
-from hmad.facts.errors import LocalError, RemoteError, RequestError, TransferAborted
+from hmad.facts.errors import HmadError, LocalError, RequestError, TransferAborted
 from hmad.facts.requests import TokenEvent
 from hmad.facts.sampling import SampledToken
 
@@ -677,9 +677,11 @@ async def test_a_failure_before_the_first_token_is_a_plain_error(
         assert (status_seen, answer["error"]["code"]) == (status, code)
         assert "secret" not in json.dumps(answer)
         assert "Traceback" not in json.dumps(answer)
-    told_by_us = [record for record in caplog.records if record.name == "hmad.edges.api" and record.exc_info]
-    foreseen = isinstance(error, RequestError | RemoteError)  # a peer's failure is one line, ours is a traceback
-    assert len(told_by_us) == (0 if foreseen else 2)
+    told_by_us = [record for record in caplog.records if record.name == "hmad.edges.api"]
+    assert len(told_by_us) == (0 if isinstance(error, RequestError) else 2)
+    # A peer's failure and a device's are told in one line; a traceback is for what nobody foresaw.
+    assert all(bool(record.exc_info) == (not isinstance(error, HmadError)) for record in told_by_us)
+    assert all(str(error) in record.__dict__["cause"] for record in told_by_us)
     assert edge.generator.running == 0
 
 
@@ -774,7 +776,9 @@ async def test_node_routes(tokenizer: Tokenizer) -> None:
             assert (await (await http_session.get("/status")).json())["arena"]["total_slots"] == 10
             metrics = await http_session.get("/metrics")
             assert metrics.content_type == "text/plain"
-            assert "hmad_time_to_first_token_seconds_count 0.0" in await metrics.text()
+            of_prefill, of_decode = "hmad_time_to_first_token_seconds_count 0.0", "hmad_arena_total_slots 0.0"
+            text = await metrics.text()
+            assert (of_prefill in text, of_decode in text) == (bool(services), not services)
 
 
 async def test_health_says_why_not() -> None:
@@ -836,7 +840,7 @@ async def test_metrics_of_requests(edge: Edge) -> None:
 
 
 def test_metrics_of_roles() -> None:
-    metrics = Metrics()
+    metrics = Metrics("prefill")
     metrics.queue_length.set(3)
     metrics.count_link_bytes("d1", "sent", 100)
     metrics.set_link_rate("d1", "sent", 5e8)

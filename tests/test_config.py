@@ -211,6 +211,7 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "digest": ("none", "none"),
     "drain_timeout": ("2.5", 2.5),
     "log_level": ("debug", "debug"),
+    "log_format": ("text", "text"),
     "peer": ("127.0.0.1:1,localhost:2", (("127.0.0.1", 1), ("localhost", 2))),
     "kv_format": ("mxfp8", "mxfp8"),
     "served_model_name": ("a,b", ("a", "b")),

@@ -169,7 +169,7 @@ async def test_token_outside_the_vocabulary_never_reaches_the_client() -> None:
 def test_bytes_of_a_transfer_cut_short_are_counted() -> None:
     layers = {0: LayerTimes(0.0, 1.0, 100, 1.0, 2.0, 2.0), 1: LayerTimes(1.0, 2.0, 50, 2.0)}
     timeline = Timeline("r", 4, 0.0, 0.0, peer="d:1", first_token_s=3.0, layers=layers)
-    metrics = Metrics()
+    metrics = Metrics("prefill")
     record(timeline, metrics)
     sample = {"peer": "d:1", "direction": "sent"}
     assert metrics.registry.get_sample_value("hmad_link_bytes_total", sample) == 150

@@ -23,6 +23,7 @@ class StagingPool:
         self._used: set[int] = set()
         self._changed = threading.Condition()
         self._closed = False
+        self.is_waited_for = False  # the engine can only go on once a page comes back
 
     @property
     def free_pages(self) -> int:
@@ -31,7 +32,9 @@ class StagingPool:
     def acquire(self) -> int:
         """A page's number; waits while all pages are on the wire. Raises LocalError once the pool is closed."""
         with self._changed:
+            self.is_waited_for = not self._free
             self._changed.wait_for(lambda: self._free or self._closed)
+            self.is_waited_for = False
             if self._closed:
                 raise LocalError("staging is closed: the node is stopping")
             number = self._free.pop()

@@ -5,7 +5,6 @@ disconnects cancel its generation, the second keeps a compressed body from being
 """
 
 import asyncio
-import hashlib
 import hmac
 import logging
 import math
@@ -20,9 +19,11 @@ from typing import Any
 
 import msgspec
 from aiohttp import ClientConnectionResetError, hdrs, web
+from structlog.contextvars import bound_contextvars
 
 from hmad.edges.answers import Answer, answer_for
 from hmad.edges.completions import Job, Piece, ServedModel, encode_chat, joined, off_loop, prepare, started
+from hmad.edges.health import word_for
 from hmad.edges.metrics import CONTENT_TYPE, Metrics, error_cause
 from hmad.edges.openai_schema import (
     MAX_BODY_BYTES,
@@ -45,10 +46,12 @@ from hmad.edges.rest_guard import GUARD, RestGuard
 from hmad.edges.status_page import status_page
 from hmad.edges.timeline_page import timeline_page
 from hmad.edges.timeline_trace import chrome_trace
-from hmad.facts.errors import HmadError, RemoteError, RequestError
+from hmad.facts.errors import HmadError, LocalProtocolError, RemoteError, RequestError
+from hmad.facts.keys import key_digest
+from hmad.facts.logs import get_logger
 from hmad.facts.timeline import Timeline
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 BODY_TIMEOUT_S = 60.0
 OPEN_PATHS = ("/livez", "/health")
@@ -84,11 +87,6 @@ class RoleServices:
     served: ServedModel | None = None
     api_key_digests: frozenset[bytes] = frozenset()
     max_body_bytes: int = MAX_BODY_BYTES
-
-
-def key_digest(api_key: bytes) -> bytes:
-    """Keys are kept and compared as SHA-256, so that all have one length and none stands in memory."""
-    return hashlib.sha256(api_key).digest()
 
 
 def build_app(services: RoleServices) -> web.Application:
@@ -127,19 +125,19 @@ class Guard:
     async def shape_errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Every error as JSON; one that comes after a stream began as its last event."""
         request[OUR_ID] = uuid.uuid4().hex
-        try:
-            return await handler(request)
-        except ClientConnectionResetError:  # the client is gone while we wrote: nobody to tell
-            return request[STREAM]
-        except Exception as error:
-            return await self._answer(request, error)
+        with bound_contextvars(request_id=request[OUR_ID]):
+            try:
+                return await handler(request)
+            except ClientConnectionResetError:  # the client is gone while we wrote: nobody to tell
+                return request[STREAM]
+            except Exception as error:
+                return await self._answer(request, error)
 
     async def _answer(self, request: web.Request, error: Exception) -> web.StreamResponse:
         refusal = self._refusal(request, error)
         self._services.metrics.count_error(error_cause(error))
         if refusal.status >= 500 and refusal is not error:
-            trace = None if isinstance(error, RemoteError) else error  # a peer's failure is no bug of ours
-            log.error("request %s on %s failed: %s", request[OUR_ID], request.path, error, exc_info=trace)
+            log_failure(error, request.path)
         body = error_object(refusal.status, str(refusal), refusal.param, refusal.code)
         if STREAM in request:
             stream = request[STREAM]
@@ -188,6 +186,14 @@ class Guard:
         response.headers[hdrs.SERVER] = "hmad"
 
 
+def log_failure(error: Exception, path: str) -> None:
+    """One line with the cause for what peers and devices do to us; a traceback for bugs alone."""
+    is_bug = isinstance(error, LocalProtocolError) or not isinstance(error, HmadError)
+    level = logging.WARNING if isinstance(error, RemoteError) else logging.ERROR
+    cause = f"{type(error).__name__}: {error}"
+    log.log(level, "a request failed", path=path, cause=cause, exc_info=error if is_bug else None)
+
+
 def _error_headers(refusal: RequestError, error: Exception) -> dict[str, str]:
     headers: dict[str, str] = {}
     if refusal.retry_after_s is not None:
@@ -221,7 +227,7 @@ class NodeRoutes:
     async def health(self, request: web.Request) -> web.Response:
         """200 while the node can do its work, else 503 and why not."""
         healthy, reason = self._services.health()
-        return json_response(200 if healthy else 503, {"status": "ok" if healthy else "unhealthy", "reason": reason})
+        return json_response(200 if healthy else 503, {"status": word_for(healthy), "reason": reason})
 
     async def metrics(self, request: web.Request) -> web.Response:
         return web.Response(body=self._services.metrics.render(), headers={hdrs.CONTENT_TYPE: CONTENT_TYPE})

@@ -1,11 +1,10 @@
-"""The command line: ``hmad --role ...`` serves, ``hmad check-config`` and ``hmad print-config`` only speak.
+"""The command line: ``hmad --role ...`` serves, the named commands only speak.
 
 torch is not imported until a node serves, so that help and checks answer at once.
 """
 
 import argparse
 import json
-import logging
 import os
 import sys
 import tomllib
@@ -16,15 +15,17 @@ from typing import Any, NoReturn
 from hmad import __version__
 from hmad.facts.config import KNOBS, ROLES, Config, Knob, Layer, Resolved, Role, format_size, knobs_of, resolve
 from hmad.facts.errors import ConfigError, ModelError
+from hmad.facts.keys import hashed_line
 
 EXIT_OK, EXIT_MISTAKE = 0, 2
 ENV_PREFIX = "HMAD_"
-COMMANDS = ("check-config", "print-config")
-LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+MAX_KEY_BYTES = 4096
+COMMANDS = ("check-config", "print-config", "hash-key")
 
 USAGE = """hmad --role {prefill,decode} --model DIR [OPTION ...]    serve
        hmad check-config [OPTION ...]    print the resolved configuration, or every mistake in it
-       hmad print-config                 print an hmad.toml with every default"""
+       hmad print-config                 print an hmad.toml with every default
+       hmad hash-key                     read an API key from stdin, print its line for --api-key-file"""
 EPILOG = """Each option is also a key of the file (--max-queue is max_queue) and a variable (HMAD_MAX_QUEUE).
 The command line wins over variables, these over the file, the file over defaults. Sizes are bytes or
 512M, 8G (binary multiples). Lists are comma-separated."""
@@ -45,6 +46,9 @@ def _run(argv: Sequence[str]) -> int:
     if command == "print-config":
         print(default_toml(), end="")
         return EXIT_OK
+    if command == "hash-key":
+        print(hashed_line(sys.stdin.buffer.read(MAX_KEY_BYTES)))
+        return EXIT_OK
     resolved = resolve(_layers(flags, strays))
     if command == "check-config":
         print(resolved_toml(resolved), end="")
@@ -53,9 +57,9 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _serve(config: Config) -> int:
-    from hmad.edges import node
+    from hmad.edges import logs, node
 
-    logging.basicConfig(level=config.log_level.upper(), format=LOG_FORMAT)
+    logs.configure(config.log_format, config.log_level)
     return node.run(config)
 
 

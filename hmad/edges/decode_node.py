@@ -1,22 +1,23 @@
 """A decode node: the arena, the engine that steps over it, and the stream port."""
 
 import asyncio
-import logging
 from typing import Any
 
 from hmad.compute.arena import Arena
 from hmad.compute.cpu import CpuDecode
 from hmad.edges.api import RoleServices
+from hmad.edges.health import Health
 from hmad.edges.metrics import Metrics
 from hmad.edges.node_model import SHUTDOWN_S, NodeModel, common_status, in_passing_thread, load_warm_model
 from hmad.facts.config import Config
 from hmad.facts.formats import FORMATS
 from hmad.facts.keys import load_api_keys
+from hmad.facts.logs import get_logger
 from hmad.roles.decode import DecodeCounters, DecodeRole
-from hmad.roles.engines import STALLED_AFTER_S, DecodeEngine
+from hmad.roles.engines import DecodeEngine, Engine
 from hmad.transport.decode_listener import DecodeListener, ListenerSettings
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 STOPS = "the decode node stops"
 
@@ -32,6 +33,8 @@ class DecodeNode:
             ListenerSettings(model.identity, model.geometry, model.cluster_key, role.arena.num_slots, config.lease_s),
             role,
         )
+        self.engine: Engine = role.engine
+        self._health = Health(self._check)
         self.services = RoleServices(
             role="decode",
             metrics=metrics,
@@ -43,11 +46,11 @@ class DecodeNode:
     @classmethod
     async def build(cls, config: Config, model: NodeModel) -> "DecodeNode":
         """Take the arena's memory and load the weights."""
-        log.info("loading %s in %s", config.model, config.precision)
+        log.info("loading", model=str(config.model), precision=config.precision)
         transformer = await in_passing_thread(lambda: load_warm_model(config))
         arena = Arena(model.geometry, config.arena_bytes)
         tail_format = FORMATS[config.precision]
-        metrics = Metrics()
+        metrics = Metrics("decode")
         role = DecodeRole(
             arena,
             tail_format,
@@ -63,10 +66,10 @@ class DecodeNode:
         device = CpuDecode(transformer, arena, tail_format, config.threads)
         role.engine = DecodeEngine(device, config.max_batch_size, role.deliver_from_engine)
         log.info(
-            "arena: %d slots of %d bytes x %d layers",
-            arena.num_slots,
-            model.geometry.slot_bytes,
-            model.geometry.num_layers,
+            "arena made",
+            num_slots=arena.num_slots,
+            slot_bytes=model.geometry.slot_bytes,
+            num_layers=model.geometry.num_layers,
         )
         metrics.arena_total_slots.set(arena.num_slots)
         metrics.arena_used_slots.set_function(lambda: arena.used_slots)
@@ -77,7 +80,7 @@ class DecodeNode:
     async def start(self) -> None:
         self._role.engine.start()
         await self._listener.start(self._config.stream_host, self._config.stream_port)
-        log.info("stream port %s:%d", self._config.stream_host, self._config.stream_port)
+        log.info("stream port open", address=f"{self._config.stream_host}:{self._config.stream_port}")
 
     def drain(self) -> None:
         self._role.drain()
@@ -94,17 +97,18 @@ class DecodeNode:
         self._role.engine.stop()
         await asyncio.to_thread(self._role.engine.join, SHUTDOWN_S)
 
-    def _health(self) -> tuple[bool, str]:
+    def _check(self) -> tuple[bool, str]:
+        trouble = self._role.engine.trouble
+        if trouble is not None:
+            return False, trouble
         if self._role.draining:
             return False, "this node drains: it finishes what it has and takes no more"
-        stalled_s = self._role.engine.stalled_s
-        if stalled_s > STALLED_AFTER_S:
-            return False, f"the decode engine has made no progress for {stalled_s:.0f} s"
         return True, "the decode engine makes progress"
 
     def _status(self) -> dict[str, Any]:
         arena, engine = self._role.arena, self._role.engine
         return common_status(self._config, self._model) | {
+            "health": self._health.describe(),
             "arena": {
                 "used_slots": arena.used_slots,
                 "total_slots": arena.num_slots,

@@ -5,7 +5,7 @@ Roles and edges call the methods; ``render`` is what /metrics answers. Names car
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from aiohttp import ClientConnectionResetError
 from prometheus_client import (
@@ -22,6 +22,8 @@ from hmad.facts.errors import RequestError, TransferAborted
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
+M = TypeVar("M", Counter, Gauge, Histogram)
+Role = Literal["prefill", "decode"]
 Direction = Literal["sent", "received"]
 
 STEP_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
@@ -30,9 +32,13 @@ SHARE_BUCKETS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.93, 0.95, 0.97, 0.99, 1.0)
 
 
 class Metrics:
-    """All metric objects of one node. Times are in seconds, sizes in bytes."""
+    """All metric objects of one node. Times are in seconds, sizes in bytes.
 
-    def __init__(self) -> None:
+    What only the other role can know is counted nowhere and exported nowhere: a series that is always 0 misleads.
+    """
+
+    def __init__(self, role: Role) -> None:
+        self._role = role
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self._create_latencies()
@@ -54,17 +60,15 @@ class Metrics:
         self.queue_s = self._histogram("queue_seconds", "Request queued until its prefill began")
 
     def _create_gauges(self) -> None:
-        self.queue_length = self._gauge("queue_requests", "Requests that wait for their prefill")
-        self.running = self._gauge("running_sequences", "Sequences being computed")
-        self.arena_used_slots = self._gauge("arena_used_slots", "Slots of the arena in use")
-        self.arena_total_slots = self._gauge("arena_total_slots", "Slots of the arena")
+        self.queue_length = self._create(Gauge, "queue_requests", "Prompts (decode: sequences) that wait their turn")
+        self.running = self._create(Gauge, "running_sequences", "Sequences being computed")
+        self.arena_used_slots = self._create(Gauge, "arena_used_slots", "Slots of the arena in use", of="decode")
+        self.arena_total_slots = self._create(Gauge, "arena_total_slots", "Slots of the arena", of="decode")
 
     def _create_link(self) -> None:
         labels = ("peer", "direction")
-        self._link_bytes = Counter("hmad_link_bytes", "KV bytes on the wire", labels, registry=self.registry)
-        self._link_rate = Gauge(
-            "hmad_link_bytes_per_second", "Rate of the last transfer's KV", labels, registry=self.registry
-        )
+        self._link_bytes = self._create(Counter, "link_bytes", "KV bytes on the wire", labels)
+        self._link_rate = self._create(Gauge, "link_bytes_per_second", "Rate of the last transfer's KV", labels)
         self.kv_exposed_s = self._histogram(
             "kv_exposed_seconds", "Transfer time that a request waited for after its first token", STEP_BUCKETS_S
         )
@@ -73,20 +77,24 @@ class Metrics:
         )
 
     def _create_counters(self) -> None:
-        self.prompt_tokens = Counter("hmad_prompt_tokens", "Prompt tokens accepted", registry=self.registry)
-        self.output_tokens = Counter("hmad_output_tokens", "Tokens given to clients", registry=self.registry)
-        self._requests = Counter(
-            "hmad_requests", "Generation requests by outcome", ("outcome",), registry=self.registry
+        self.prompt_tokens = self._create(Counter, "prompt_tokens", "Prompt tokens accepted", of="prefill")
+        self.output_tokens = self._create(
+            Counter, "output_tokens", "Tokens given to clients (decode: to prefill nodes)"
         )
-        self._errors = Counter("hmad_errors", "Errors by cause", ("cause",), registry=self.registry)
+        self._requests = self._create(Counter, "requests", "Generation requests by outcome", ("outcome",), of="prefill")
+        self._errors = self._create(Counter, "errors", "Errors by cause", ("cause",))
         for outcome in ("finished", "rejected", "cancelled", "failed"):
             self._requests.labels(outcome)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...] = REQUEST_BUCKETS_S) -> Histogram:
-        return Histogram(f"hmad_{name}", text, buckets=buckets, registry=self.registry)
+        """All times of requests are known to the prefill node alone."""
+        return self._create(Histogram, name, text, of="prefill", buckets=buckets)
 
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(f"hmad_{name}", text, registry=self.registry)
+    def _create(
+        self, kind: type[M], name: str, text: str, labels: tuple[str, ...] = (), of: Role | None = None, **more: Any
+    ) -> M:
+        registry = self.registry if of in (None, self._role) else None
+        return kind(f"hmad_{name}", text, labels, registry=registry, **more)
 
     def count_link_bytes(self, peer: str, direction: Direction, num_bytes: int) -> None:
         """KV bytes that went to or came from a peer."""

@@ -1,10 +1,10 @@
 """A node's life: build, start, serve, stop. One process, one role, one event loop."""
 
 import asyncio
+import faulthandler
 import gc
-import logging
 import signal
-from typing import Protocol
+from typing import Any, Protocol
 
 import numba
 import torch
@@ -12,18 +12,26 @@ import uvloop
 from aiohttp import web
 
 from hmad.edges.api import RoleServices, build_app
+from hmad.edges.health import keep_looking
+from hmad.edges.metrics import Metrics
 from hmad.edges.node_model import SHUTDOWN_S, open_model
+from hmad.edges.notify import Notifier
 from hmad.edges.rest_guard import GuardedSite
 from hmad.facts.config import Config
-from hmad.facts.errors import ConfigError
+from hmad.facts.errors import ConfigError, ModelError
+from hmad.facts.logs import get_logger
+from hmad.roles.engines import Engine
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
+
+EXIT_OK, EXIT_FAILED = 0, 1
 
 
 class Node(Protocol):
     """One role, built and ready to start."""
 
     services: RoleServices
+    engine: Engine
 
     async def start(self) -> None: ...
 
@@ -47,29 +55,40 @@ class Signals:
         self.end = asyncio.Event()
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._terminate)
-        loop.add_signal_handler(signal.SIGINT, self._interrupt)
+        loop.add_signal_handler(signal.SIGINT, self.end_at_once)
 
     def _terminate(self) -> None:
         (self.end if self.drain.is_set() else self.drain).set()
 
-    def _interrupt(self) -> None:
+    def end_at_once(self) -> None:
         self.drain.set()
         self.end.set()
 
 
 def run(config: Config) -> int:
-    """Serve until a signal; the exit code."""
+    """Serve until a signal; the exit code. Not 0 where the engine died, so that a supervisor starts us again."""
+    faulthandler.enable()  # a supervisor's watchdog ends us by SIGABRT: the log then has where each thread was
     torch.set_num_threads(config.threads)
     numba.set_num_threads(min(config.threads, numba.config.NUMBA_NUM_THREADS))
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the node is built, a signal ends the process at once
-    uvloop.run(serve(config))
-    return 0
+    try:
+        return uvloop.run(serve(config))
+    except (ConfigError, ModelError):
+        raise
+    except Exception:
+        log.exception("the node crashed")
+        return EXIT_FAILED
 
 
-async def serve(config: Config) -> None:
-    """Build the role, start it, and, when asked to, let it finish what it has and stop it in order."""
+async def serve(config: Config) -> int:
+    """Build the role, start it, and, when asked to, let it finish what it has and stop it in order; the exit code."""
+    notifier = Notifier()
+    notifier.tell("STATUS=loading the model")
     node = await build(config)
     signals = Signals()
+    loop = asyncio.get_running_loop()
+    node.engine.on_death = lambda: loop.call_soon_threadsafe(signals.end_at_once)
+    report_unhandled(loop, node.services.metrics)
     exempt_from_collection()
     runner = web.AppRunner(
         build_app(node.services),
@@ -78,22 +97,38 @@ async def serve(config: Config) -> None:
         access_log=None,
         shutdown_timeout=SHUTDOWN_S,
     )
+    watching = asyncio.create_task(keep_looking(node.services.health, lambda: node.engine.trouble, notifier))
     try:
         await node.start()
         await start_rest(runner, config.host, config.port)
-        log.info("%s node serves on http://%s:%d", config.role, config.host, config.port)
+        log.info("serving", role=config.role, url=f"http://{config.host}:{config.port}")
+        notifier.tell("READY=1")
         await signals.drain.wait()
+        notifier.tell("STOPPING=1")
         await drain(node, config.drain_timeout_s, signals)
-        log.info("stopping")
+        log.info("stopping", reason=node.engine.trouble or "told to")
     finally:
         node.end_requests()
         await runner.cleanup()
         await node.stop()
+        watching.cancel()  # last: the watchdog is fed until the end
+        notifier.close()
+    return EXIT_FAILED if node.engine.failure else EXIT_OK
+
+
+def report_unhandled(loop: asyncio.AbstractEventLoop, metrics: Metrics) -> None:
+    """What nobody awaits and nobody catches is a bug: told with its traceback, and counted like any other error."""
+
+    def report(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        metrics.count_error("unhandled")
+        log.error("an error that nobody handles", what=context["message"], exc_info=context.get("exception"))
+
+    loop.set_exception_handler(report)
 
 
 async def drain(node: Node, timeout_s: float, signals: Signals) -> None:
     """Take nothing new and wait for what is here, until it is done, time is up, or a signal says that it is enough."""
-    log.info("draining, for at most %g s; a second signal ends at once", timeout_s)
+    log.info("draining; a second signal ends at once", timeout_s=timeout_s)
     node.drain()
     ends = [asyncio.create_task(node.drained()), asyncio.create_task(signals.end.wait())]
     await asyncio.wait(ends, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)

@@ -1,7 +1,6 @@
 """A prefill node: the engine, the staging, the links to decode nodes, and the OpenAI routes."""
 
 import asyncio
-import logging
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -13,19 +12,21 @@ from hmad.compute.staging import StagingPool
 from hmad.compute.tokenizer import Tokenizer
 from hmad.edges.api import RoleServices
 from hmad.edges.completions import ServedModel
+from hmad.edges.health import Health
 from hmad.edges.metrics import Metrics
 from hmad.edges.node_model import SHUTDOWN_S, NodeModel, common_status, in_passing_thread, load_warm_model
 from hmad.facts.config import Config
 from hmad.facts.errors import RequestError
 from hmad.facts.formats import FORMATS, KVGeometry
 from hmad.facts.keys import load_api_keys
+from hmad.facts.logs import get_logger
 from hmad.facts.timeline import Spans, Timeline
-from hmad.roles.engines import STALLED_AFTER_S, PrefillEngine, PrefillListener
+from hmad.roles.engines import Engine, PrefillEngine, PrefillListener
 from hmad.roles.prefill import PrefillRole, PrefillSettings
 from hmad.transport.prefill_link import LinkSettings, PeerLink
 from hmad.transport.rate import Pacer
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 NUM_STATUS_TIMELINES = 8
 RETRY_AFTER_S = 1.0
@@ -41,6 +42,8 @@ class PrefillNode:
         self._model = model
         self._role = role
         self._tasks: list[asyncio.Task[None]] = []
+        self.engine: Engine = role.engine
+        self._health = Health(self._check)
         self.services = RoleServices(
             role="prefill",
             metrics=metrics,
@@ -62,10 +65,10 @@ class PrefillNode:
     @classmethod
     async def build(cls, config: Config, model: NodeModel) -> "PrefillNode":
         """Load tokenizer and weights, take the staging's memory, make the links."""
-        log.info("loading %s in %s", config.model, config.precision)
+        log.info("loading", model=str(config.model), precision=config.precision)
         tokenizer = Tokenizer(config.model)
         transformer = await in_passing_thread(lambda: load_warm_model(config))
-        metrics = Metrics()
+        metrics = Metrics("prefill")
         staging = make_staging(config, model)
         role = PrefillRole(role_settings(config, model, staging), staging, lambda timeline: record(timeline, metrics))
         role.engine = PrefillEngine(
@@ -73,6 +76,7 @@ class PrefillNode:
             config.max_batch_tokens,
             config.history_bytes,
             PrefillListener(role.blocks_encoded, role.layer_computed, role.prefill_done),
+            waits_for_wire=lambda: staging.is_waited_for,
         )
         link_settings = LinkSettings(
             model.identity, model.cluster_key, config.bulk_connections, Pacer(config.stream_bytes_per_s)
@@ -105,12 +109,12 @@ class PrefillNode:
         self._role.engine.stop()
         await asyncio.to_thread(self._role.engine.join, SHUTDOWN_S)
 
-    def _health(self) -> tuple[bool, str]:
+    def _check(self) -> tuple[bool, str]:
+        trouble = self._role.engine.trouble
+        if trouble is not None:
+            return False, trouble
         if self._role.draining:
             return False, "this node drains: it finishes what it has and takes no more"
-        stalled_s = self._role.engine.stalled_s
-        if stalled_s > STALLED_AFTER_S:
-            return False, f"the prefill engine has made no progress for {stalled_s:.0f} s"
         if not any(link.usable for link in self._role.links):
             return False, "; ".join(f"decode node {link.name}: {link.trouble or 'drains'}" for link in self._role.links)
         return True, "the prefill engine makes progress, a decode node is connected"
@@ -118,6 +122,7 @@ class PrefillNode:
     def _status(self) -> dict[str, Any]:
         role = self._role
         return common_status(self._config, self._model) | {
+            "health": self._health.describe(),
             "waiting": role.num_waiting,
             "running": role.num_running,
             "staging": {"free_pages": role.staging.free_pages, "total_pages": role.staging.num_pages},

@@ -9,6 +9,7 @@ import difflib
 import ipaddress
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +140,10 @@ def _all_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def _format_of_stderr() -> Literal["json", "text"]:
+    return "text" if sys.stderr.isatty() else "json"
+
+
 def _host_of(data: dict[str, Any]) -> str:
     return str(data["host"])
 
@@ -184,6 +189,10 @@ class Config(BaseModel):
         description="how long a node that was asked to stop finishes what it has",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
+    log_format: Literal["json", "text"] = Field(
+        default_factory=_format_of_stderr,
+        description="a log line's form; auto is text on a terminal, for eyes, and json elsewhere, for programs",
+    )
 
     peers: Annotated[Peers, OF_PREFILL] = Field(
         (), validation_alias="peer", validate_default=True, description="stream HOST:PORT of a decode node; repeatable"

@@ -7,6 +7,8 @@ from pathlib import Path
 from hmad.facts.errors import ConfigError
 
 MIN_CLUSTER_KEY_BYTES = 16
+MIN_HASHED_KEY_BYTES = 16
+HASHED = b"sha256:"
 
 
 def load_cluster_key(path: Path) -> bytes:
@@ -28,12 +30,33 @@ def load_api_keys(path: Path) -> frozenset[bytes]:
     return frozenset(_digest_of_key(line, f"{path}, line {number}") for number, line in keys)
 
 
+def key_digest(api_key: bytes) -> bytes:
+    """Keys are kept and compared as SHA-256, so that all have one length and none stands in memory."""
+    return hashlib.sha256(api_key).digest()
+
+
+def hashed_line(api_key: bytes) -> str:
+    """A key as an API key file may hold it: enough to know the key by, useless to whoever reads it.
+
+    Plain SHA-256, for keys are long and random: there is nothing to guess, and each request is checked at once.
+    """
+    key = api_key.strip()
+    if not key or len(key.split()) > 1 or key.startswith((b"#", HASHED)):
+        raise ConfigError("an API key is one word on one line, without # or sha256: before it")
+    if len(key) < MIN_HASHED_KEY_BYTES:
+        raise ConfigError(
+            f"a key of {len(key)} bytes can be guessed from its hash: take at least {MIN_HASHED_KEY_BYTES} random "
+            "ones, such as openssl rand -hex 24 prints"
+        )
+    return f"{HASHED.decode()}{key_digest(key).hex()}"
+
+
 def _digest_of_key(line: bytes, where: str) -> bytes:
-    if not line.startswith(b"sha256:"):
-        return hashlib.sha256(line).digest()
+    if not line.startswith(HASHED):
+        return key_digest(line)
     if not re.fullmatch(rb"sha256:[0-9a-fA-F]{64}", line):
         raise ConfigError(f"{where}: sha256: needs 64 hexadecimal digits")
-    return bytes.fromhex(line[7:].decode())
+    return bytes.fromhex(line.removeprefix(HASHED).decode())
 
 
 def _read(path: Path) -> bytes:

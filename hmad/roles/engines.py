@@ -4,7 +4,6 @@ Engines call back on their own thread; the roles hand the results to the loop wi
 """
 
 import abc
-import logging
 import threading
 import time
 from collections import deque
@@ -24,23 +23,57 @@ from hmad.compute.device import (
 from hmad.compute.sampler import finish_reason
 from hmad.compute.sequence import DecodeSequence
 from hmad.facts.errors import HmadError, LocalError
+from hmad.facts.logs import get_logger
 from hmad.facts.sampling import SampledToken
 from hmad.roles.scheduler import plan_prefill
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
-STALLED_AFTER_S = 10.0  # a busy engine without progress for so long is not healthy
+SHORTEST_PATIENCE_S = 1.5  # so that /health turns within 2 s
+LONGEST_PATIENCE_S = 30.0  # also of an engine that has nothing to compare with yet
+SLACK = 4.0  # times the slowest that was seen lately
+FADING = 0.99  # what was seen counts a hundredth less with every sign of progress since
+
+
+class Patience:
+    """How long a busy engine may show no progress before it counts as stalled.
+
+    A small model's layer takes a millisecond, a large one's on a slow CPU ten seconds, and both grow with the batch. So
+    the measure is the engine's own recent past: the slowest progress lately, per token (prefill) or sequence (decode).
+    """
+
+    def __init__(self) -> None:
+        self._slowest_s: float | None = None  # per unit of work
+
+    def learn(self, taken_s: float, num_units: int) -> None:
+        """Another sign of progress came after so long."""
+        self._slowest_s = max(taken_s / num_units, FADING * (self._slowest_s or 0.0))
+
+    def limit_s(self, num_units: int) -> float:
+        if self._slowest_s is None:
+            return LONGEST_PATIENCE_S
+        return min(LONGEST_PATIENCE_S, max(SHORTEST_PATIENCE_S, SLACK * self._slowest_s * num_units))
 
 
 class Engine(abc.ABC):
-    """A thread that works while there is work, and tells since when it has made no progress."""
+    """A thread that works while there is work, and tells what is wrong when it does not get on.
+
+    What a device raises fails the sequences of that batch or step, and the engine goes on. Any other exception is a bug
+    that has left its books in an unknown state: the thread ends, every sequence it had fails with a LocalError, and the
+    node goes down with it. To go on could mean wrong tokens, or slots that never come back.
+    """
 
     def __init__(self, name: str) -> None:
+        self.name = name
+        self.failure: LocalError | None = None  # why the thread has died
+        self.on_death: Callable[[], object] = lambda: None  # called on the engine's thread
         self._wake = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"{name}-engine", daemon=True)
         self._stopping = False
         self._busy = False
         self._progress_s = time.monotonic()
+        self._num_units = 1  # of work in the batch or step under way
+        self._patience = Patience()
 
     def start(self) -> None:
         self._thread.start()
@@ -57,24 +90,53 @@ class Engine(abc.ABC):
         return not self._thread.is_alive()
 
     @property
-    def stalled_s(self) -> float:
-        """Seconds without progress while there is work."""
-        return time.monotonic() - self._progress_s if self._busy else 0.0
+    def trouble(self) -> str | None:
+        """Why the engine does not get on with its work, in words; None while it does, or has none."""
+        if self.failure is not None:
+            return str(self.failure)
+        stalled_s = time.monotonic() - self._progress_s if self._busy else 0.0
+        patience_s = self._patience_s()
+        if stalled_s <= patience_s:
+            return None
+        return (
+            f"the {self.name} engine has made no progress for {stalled_s:.1f} s, "
+            f"longer than the {patience_s:.1f} s that its work may take"
+        )
 
-    def _progress(self) -> None:
+    def _patience_s(self) -> float:
+        return self._patience.limit_s(self._num_units)
+
+    def _begin(self, num_units: int) -> None:
+        """A batch or step of so many tokens or sequences begins."""
+        self._num_units = num_units
         self._progress_s = time.monotonic()
 
+    def _progress(self) -> None:
+        now_s = time.monotonic()
+        self._patience.learn(now_s - self._progress_s, self._num_units)
+        self._progress_s = now_s
+
     def _run(self) -> None:
-        while self._wait_for_work():
-            self._work()
+        try:
+            while self._wait_for_work():
+                self._work()
+        except Exception as error:
+            log.exception("the engine died", engine=self.name)
+            self._die(error)
+
+    def _die(self, error: Exception) -> None:
+        self.failure = LocalError(f"the {self.name} engine died: {type(error).__name__}: {error}")
+        self.failure.__cause__ = error
+        self._abandon(self.failure)
+        self.on_death()
 
     def _wait_for_work(self) -> bool:
         """Sleep until there is work; False when stopping."""
         with self._wake:
             self._busy = self._has_work()
             self._wake.wait_for(lambda: self._stopping or self._has_work())
+            self._progress_s = time.monotonic()  # before busy: whoever looks now must not see the last one's
             self._busy = True
-            self._progress()
             return not self._stopping
 
     @abc.abstractmethod
@@ -82,6 +144,10 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def _work(self) -> None: ...
+
+    @abc.abstractmethod
+    def _abandon(self, error: LocalError) -> None:
+        """Report every sequence that is here as failed."""
 
 
 @dataclass(frozen=True)
@@ -106,19 +172,27 @@ class PrefillEngine(Engine):
     """Runs prompts through the device in order of arrival, packed and in chunks."""
 
     def __init__(
-        self, device: PrefillDevice, max_batch_tokens: int, history_bytes: int, listener: PrefillListener
+        self,
+        device: PrefillDevice,
+        max_batch_tokens: int,
+        history_bytes: int,
+        listener: PrefillListener,
+        waits_for_wire: Callable[[], bool] = lambda: False,
     ) -> None:
-        super().__init__("prefill-engine")
+        super().__init__("prefill")
         self._device = device
         self._max_batch_tokens = max_batch_tokens
         self._history_bytes = history_bytes
         self._listener = listener
+        self._waits_for_wire = waits_for_wire
         self._waiting: deque[PrefillSequence] = deque()
 
     def submit(self, sequence: PrefillSequence) -> None:
         with self._wake:
             self._waiting.append(sequence)
             self._wake.notify()
+        if self.failure is not None:
+            self._abandon(self.failure)
 
     @property
     def backlog_tokens(self) -> int:
@@ -138,6 +212,17 @@ class PrefillEngine(Engine):
             if sequence.cancelled or sequence.error or sequence.num_remaining == 0:
                 self._retire(sequence, first_tokens.get(sequence, []))
 
+    def _patience_s(self) -> float:
+        """A slow link may hold the engine up for long; a dead peer is found by its silence, not here."""
+        return LONGEST_PATIENCE_S if self._waits_for_wire() else super()._patience_s()
+
+    def _abandon(self, error: LocalError) -> None:
+        with self._wake:
+            abandoned, self._waiting = self._waiting, deque()
+        for sequence in abandoned:
+            sequence.error = sequence.error or error
+            self._listener.prefill_done(PrefillDone(sequence, [], time.monotonic()))
+
     def _affordable(self, chunks: list[PrefillChunk]) -> list[PrefillChunk]:
         """Give a prompt that is cut its history; leave it for a later batch while others hold the room for one.
 
@@ -149,7 +234,7 @@ class PrefillEngine(Engine):
             try:
                 history = self._device.new_history(len(last.sequence.prompt_token_ids))
             except Exception as error:  # the machine has less memory than the configuration promised
-                log.exception("no memory for the history of a prompt of %d tokens", len(last.sequence.prompt_token_ids))
+                log.exception("no memory for a prompt's history", num_tokens=len(last.sequence.prompt_token_ids))
                 last.sequence.error = as_local(error, "prefill")
                 return chunks[:-1]
             if history.num_bytes + self._history_in_use() > self._history_bytes and len(chunks) > 1:
@@ -166,6 +251,7 @@ class PrefillEngine(Engine):
             self._progress()
             self._listener.layer_computed(chunks, clock)
 
+        self._begin(sum(chunk.num_tokens for chunk in chunks))
         try:
             return self._device.prefill(
                 chunks, PrefillObserver(self._listener.blocks_encoded, layer_computed)
@@ -175,6 +261,8 @@ class PrefillEngine(Engine):
             for chunk in chunks:
                 chunk.sequence.error = chunk.sequence.error or as_local(error, "prefill")
             return {}
+        finally:
+            self._progress()
 
     def _retire(self, sequence: PrefillSequence, first_tokens: list[SampledToken]) -> None:
         with self._wake:
@@ -198,7 +286,7 @@ class DecodeEngine(Engine):
     """Continuous batching: sequences join and leave between steps."""
 
     def __init__(self, device: DecodeDevice, max_batch_size: int, deliver: Callable[[list[StepOutput]], None]) -> None:
-        super().__init__("decode-engine")
+        super().__init__("decode")
         self._device = device
         self._max_batch_size = max_batch_size
         self._deliver = deliver
@@ -211,6 +299,8 @@ class DecodeEngine(Engine):
         with self._wake:
             self._waiting.extend(sequences)
             self._wake.notify()
+        if self.failure is not None:
+            self._abandon(self.failure)
 
     def drop(self, sequences: Iterable[DecodeSequence]) -> None:
         """End sequences early; each is reported as ``cancelled`` unless it has ended by itself."""
@@ -256,12 +346,21 @@ class DecodeEngine(Engine):
         if dropped:
             self._deliver(dropped)
 
+    def _abandon(self, error: LocalError) -> None:
+        with self._wake:
+            abandoned = [*self._batch.sequences, *self._waiting]
+            self._batch, self._waiting = DecodeBatch([]), deque()
+        self._deliver([StepOutput(s, len(s.output_token_ids), None, None, error) for s in abandoned])
+
     def _step(self) -> Sequence[SampledToken | HmadError]:
+        self._begin(len(self._batch))
         try:
             return self._device.decode_step(self._batch)
         except Exception as error:
-            log.exception("a decode step failed")
+            log.exception("a decode step failed", num_sequences=len(self._batch))
             return [as_local(error, "decode")] * len(self._batch)
+        finally:
+            self._progress()
 
     def _output(self, sequence: DecodeSequence, outcome: SampledToken | HmadError) -> StepOutput:
         index = len(sequence.output_token_ids)
