@@ -92,7 +92,7 @@ def test_pages_escape_what_comes_from_outside() -> None:
     assert "script" not in Tags(page).seen
     row = {"address": EVIL, "usable": False, "format": EVIL, "free_slots": 0, "trouble": EVIL}
     status = {"node_id": EVIL, "role": EVIL, "version": EVIL, "precision": EVIL, "running": 1, "waiting": 0}
-    metrics = Metrics()
+    metrics = Metrics("prefill")
     metrics.count_link_bytes(EVIL, "sent", 5)
     page = status_page({**status, "decode_nodes": [row]}, False, EVIL, metrics.registry)
     assert "script" not in Tags(page).seen
