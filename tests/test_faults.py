@@ -77,7 +77,8 @@ class Cluster:
         return watch.committed
 
     def works(self) -> None:
-        """Without anyone's help; and nothing is left of what was."""
+        """Soon, and without anyone's help; and nothing is left of what was."""
+        self.prefill.wait_until("/health")
         assert self.check(self.ask(2)) == 0
         self.decode.wait_until_empty()
         wait_for(lambda: self.staging["free_pages"] == self.staging["total_pages"], lambda: str(self.staging))

@@ -13,7 +13,7 @@ from hmad.compute.tokenizer import Tokenizer
 from hmad.edges.api import RoleServices
 from hmad.edges.completions import ServedModel
 from hmad.edges.health import Health
-from hmad.edges.metrics import Metrics
+from hmad.edges.metrics import Metrics, error_cause
 from hmad.edges.node_model import SHUTDOWN_S, NodeModel, common_status, in_passing_thread, load_warm_model
 from hmad.facts.config import Config
 from hmad.facts.errors import RequestError
@@ -22,7 +22,7 @@ from hmad.facts.keys import load_api_keys
 from hmad.facts.logs import get_logger
 from hmad.facts.timeline import Spans, Timeline
 from hmad.roles.engines import Engine, PrefillEngine, PrefillListener
-from hmad.roles.prefill import PrefillRole, PrefillSettings
+from hmad.roles.prefill import PrefillCounters, PrefillRole, PrefillSettings
 from hmad.transport.prefill_link import LinkSettings, PeerLink
 from hmad.transport.rate import Pacer
 
@@ -70,7 +70,7 @@ class PrefillNode:
         transformer = await in_passing_thread(lambda: load_warm_model(config))
         metrics = Metrics("prefill")
         staging = make_staging(config, model)
-        role = PrefillRole(role_settings(config, model, staging), staging, lambda timeline: record(timeline, metrics))
+        role = PrefillRole(role_settings(config, model, staging), staging, counters(metrics))
         role.engine = PrefillEngine(
             CpuPrefill(transformer, model.geometry, role.staging),
             config.max_batch_tokens,
@@ -161,6 +161,13 @@ def make_staging(config: Config, model: NodeModel) -> StagingPool:
     """Pages of one frame each; a frame holds at least one block of any format we may send."""
     blocks = [model.geometry.block_bytes(FORMATS[name]) for name in model.identity.formats]
     return StagingPool(config.staging_bytes, max(config.frame_bytes, *blocks))
+
+
+def counters(metrics: Metrics) -> PrefillCounters:
+    return PrefillCounters(
+        finished=lambda timeline: record(timeline, metrics),
+        lost=lambda error: metrics.count_error(error_cause(error)),
+    )
 
 
 def record(timeline: Timeline, metrics: Metrics) -> None:

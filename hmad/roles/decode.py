@@ -1,7 +1,6 @@
 """The decode role: lease slots, let raw blocks land in them, join the running batch, stream tokens back."""
 
 import asyncio
-import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from hmad.compute.arena import Arena
 from hmad.compute.sequence import DecodeSequence, Segment, tail_tokens
 from hmad.facts.errors import HmadError, NonFiniteKVError, NonFiniteLogitsError, RemoteProtocolError
 from hmad.facts.formats import FORMATS, KVFormat
+from hmad.facts.logs import get_logger
 from hmad.facts.sampling import SamplingParams
 from hmad.roles.engines import DecodeEngine, StepOutput
 from hmad.roles.scheduler import slots_needed, slots_per_choice
@@ -32,7 +32,7 @@ from hmad.wire.messages import (
 from hmad.wire.sampling import sampling_from_wire
 from hmad.wire.transfers import DecodeTransfer
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 RETRY_AFTER_S = 1.0
 
@@ -272,7 +272,9 @@ class DecodeRole:
         if transfer.over:  # another choice of it failed in the same step
             return
         self.num_failed += 1
-        log.error("transfer %s: %s", transfer.transfer_id.hex(), error)
+        log.error(
+            "a sequence cannot go on", transfer_id=transfer.transfer_id, peer=holding.session.name, error=str(error)
+        )
         non_finite = isinstance(error, NonFiniteKVError | NonFiniteLogitsError)
         holding.session.abort(transfer, AbortReason.NON_FINITE if non_finite else AbortReason.INTERNAL, str(error))
 

@@ -19,6 +19,7 @@ from hmad.compute.device import LayerClock, PrefillSequence
 from hmad.compute.sampler import finish_reason
 from hmad.facts.errors import HmadError, LocalError, RemoteError, RemoteProtocolError, TransferAborted
 from hmad.facts.formats import FORMATS
+from hmad.facts.logs import get_logger
 from hmad.facts.requests import GenerationRequest, TokenEvent
 from hmad.facts.sampling import SampledToken
 from hmad.facts.timeline import LayerTimes, Spans, Timeline
@@ -27,6 +28,8 @@ from hmad.transport.lease import Lease, StagedBlocks
 from hmad.wire.extras import unpack_extras
 from hmad.wire.messages import AbortReason, Choice, FinishReason, Reserve, TokenEntry
 from hmad.wire.sampling import sampling_to_wire
+
+log = get_logger(__name__)
 
 MAX_PLACEMENTS = 4  # a request that costs one decode node after the other is not to cost them all
 OURS = (AbortReason.NON_FINITE, AbortReason.CANCELLED)  # another decode node would end the transfer for the same reason
@@ -50,6 +53,9 @@ class PlacementHost(Protocol):
 
     def finished(self, timeline: Timeline) -> None:
         """A placement has ended, well or badly."""
+
+    def lost(self, error: RemoteError) -> None:
+        """A placement has ended badly, and no client will hear of it: count it."""
 
 
 class RequestRun:
@@ -100,6 +106,8 @@ class RequestRun:
         hopeless = isinstance(error, TransferAborted) and error.reason in OURS
         if self._ended or self._sent or hopeless or self._placement.epoch + 1 == MAX_PLACEMENTS:
             raise error
+        log.warning("placed again", transfer_id=self._transfer_id, epoch=self._placement.epoch + 1, error=str(error))
+        self._host.lost(error)
         self._placement = self._next_placement(self._placement.epoch + 1)
 
     def _next_placement(self, epoch: int) -> "Placement":

@@ -43,10 +43,18 @@ class PrefillSettings:
     digest: str
 
 
+@dataclass(frozen=True)
+class PrefillCounters:
+    """Who counts what happens on this node."""
+
+    finished: Callable[[Timeline], None]  # a placement has ended
+    lost: Callable[[RemoteError], None]  # why a request had to be placed again
+
+
 class PrefillRole:
     """Generates: the seam that the REST edge calls (hmad.facts.requests.Generator)."""
 
-    def __init__(self, settings: PrefillSettings, staging: StagingPool, finished: Callable[[Timeline], None]) -> None:
+    def __init__(self, settings: PrefillSettings, staging: StagingPool, counters: PrefillCounters) -> None:
         self.settings = settings
         self.transfer_after, self.vocab_size = settings.transfer_after, settings.vocab_size
         self.max_spans = MAX_SPANS if settings.max_timelines else 0
@@ -54,7 +62,7 @@ class PrefillRole:
         self.engine: PrefillEngine
         self.links: Sequence[PeerLink] = ()
         self.timelines: dict[str, Timeline] = {}  # the last requests', by id, the oldest first
-        self._finished = finished
+        self._counters = counters
         self.num_waiting = 0
         self.num_running = 0
         self.draining = False
@@ -145,7 +153,10 @@ class PrefillRole:
     def finished(self, timeline: Timeline) -> None:
         if timeline.first_token_s is not None:
             self._keep(timeline)
-        self._finished(timeline)
+        self._counters.finished(timeline)
+
+    def lost(self, error: RemoteError) -> None:
+        self._counters.lost(error)
 
     def _keep(self, timeline: Timeline) -> None:
         """Of a request that was placed several times the last placement's timeline is kept."""

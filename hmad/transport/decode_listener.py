@@ -1,7 +1,6 @@
 """The decode node's side of the KV plane: accept, shake hands, and carry the transfers of each session."""
 
 import asyncio
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Protocol
 
 from hmad.facts.errors import ConfigError, RemoteError, RemoteProtocolError
 from hmad.facts.formats import KVGeometry
+from hmad.facts.logs import get_logger
 from hmad.transport.connection import FrameConnection
 from hmad.transport.liveness import DEAD_AFTER_S, HANDSHAKE_S, Liveness, StallWatch
 from hmad.transport.strangers import Strangers
@@ -36,7 +36,7 @@ from hmad.wire.messages import (
 )
 from hmad.wire.transfers import DecodeTransfer, DecodeTransfers, DigestStrikes, LayerPlace, Outcome, Verdict
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 MAX_ENTRIES_PER_FRAME = 512
 DISCARD_BYTES = 1 << 20
@@ -141,7 +141,7 @@ class DecodeListener:
         self.sessions[agreement.session] = session = DecodeSession(self, connection, agreement)
         if self._drain is not None:
             session.send(self._drain)
-        log.info("prefill node %s: session opened, %s", session.name, agreement.format)
+        log.info("session opened", peer=session.name, format=agreement.format)
         return session
 
     def tell_load(self) -> None:
@@ -198,7 +198,7 @@ class AcceptedConnection:
         if self._session is not None:
             self._session.lost(error or RemoteError("the prefill node closed the connection"))
         elif isinstance(error, RemoteError):
-            log.warning("stream connection from %s: %s", self.connection.peer_name, error)
+            log.warning("a stranger was turned away", peer=self.connection.peer_name, error=str(error))
             self._listener.host.failed(type(error).__name__)
 
     def _greeted(self, received: Received) -> None:
@@ -353,7 +353,7 @@ class DecodeSession:
             case Pong():
                 pass
             case Drain(reason=reason):
-                log.info("prefill node %s drains: %s", self.name, reason or "no reason given")
+                log.info("peer drains", peer=self.name, reason=reason)
             case Bye(reason=reason):
                 raise RemoteError(f"the prefill node said goodbye: {reason}")
             case other:
@@ -370,7 +370,9 @@ class DecodeSession:
             commit, _ = self._commits.pop(outcome.transfer.transfer_id)
             self._host.ready(self, outcome.transfer, commit)
         elif outcome.verdict is Verdict.DIGEST_MISMATCH:
-            log.warning("prefill node %s: a digest is wrong, the transfer was aborted", self.name)
+            log.warning(
+                "a digest is wrong", peer=self.name, transfer_id=outcome.transfer and outcome.transfer.transfer_id
+            )
             self._host.failed(AbortReason.DIGEST_MISMATCH)
             if self._strikes.add(time.monotonic()):
                 raise RemoteProtocolError("three wrong digests within a minute: the link damages bytes")
@@ -424,7 +426,7 @@ class DecodeSession:
         if not self.is_open:
             return
         self.is_open = False
-        log.info("prefill node %s: session closed: %s", self.name, error)
+        log.info("session closed", peer=self.name, reason=str(error))
         if isinstance(error, RemoteProtocolError):
             self._host.failed(type(error).__name__)
         self._liveness.stop()

@@ -1,7 +1,6 @@
 """The prefill node's side of a peer: dial, shake hands, keep alive, carry transfers, and dial again when lost."""
 
 import asyncio
-import logging
 import random
 import secrets
 import socket
@@ -10,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hmad.facts.errors import HandshakeRejected, HmadError, RemoteError, RemoteProtocolError
+from hmad.facts.logs import get_logger
 from hmad.facts.timeline import Timeline
 from hmad.transport.bulk import BulkSender, OutgoingLayer
 from hmad.transport.clock import ClockOffset
@@ -41,7 +41,7 @@ from hmad.wire.messages import (
 )
 from hmad.wire.transfers import PrefillTransfers
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 BACKOFF_FIRST_S = 0.1
 BACKOFF_LAST_S = 1.0  # a node that comes back is used again before waiting requests give up
@@ -80,7 +80,7 @@ class PeerLink:
             except (OSError, HmadError, TimeoutError) as error:
                 self._set_trouble(describe(error, self.name))
             except Exception as error:  # a bug must not cost us the peer for good
-                log.exception("peer %s: the session failed", self.name)
+                log.exception("the session failed", peer=self.name)
                 self._set_trouble(describe(error, self.name))
             finally:
                 self._forget_session()
@@ -95,9 +95,9 @@ class PeerLink:
 
     def _set_trouble(self, trouble: str | None) -> None:
         if trouble and trouble != self.trouble:
-            log.warning("peer %s: %s", self.name, trouble)
+            log.warning("peer is not usable", peer=self.name, trouble=trouble)
         elif trouble is None:
-            log.info("peer %s: ready", self.name)
+            log.info("peer is ready", peer=self.name)
         self.trouble = trouble
         self._changed()
 
