@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,35 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
+@dataclass(frozen=True)
+class Node:
+    """A running daemon."""
+
+    url: str
+    port: int
+    pid: int
+
+    def usage(self) -> dict[str, int]:
+        """What the process holds of the machine: resident bytes, open files, threads."""
+        proc = Path(f"/proc/{self.pid}")
+        fields = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
+        return {
+            "rss_bytes": int(fields["VmRSS"].split()[0]) * 1024,
+            "fds": len(list((proc / "fd").iterdir())),
+            "threads": int(fields["Threads"]),
+        }
+
+
 @contextmanager
 def daemon(role: str, model: Path, *arguments: str) -> Iterator[str]:
-    """A real hmad daemon; yields its REST address once it is healthy, stops it with SIGTERM."""
+    """The REST address of a real hmad daemon."""
+    with node(role, model, *arguments) as running:
+        yield running.url
+
+
+@contextmanager
+def node(role: str, model: Path, *arguments: str) -> Iterator[Node]:
+    """A real hmad daemon; yields once it is healthy, stops it with SIGTERM."""
     port = free_port()
     command = [sys.executable, "-m", "hmad", "--role", role, "--model", str(model), "--port", str(port), *arguments]
     log = tempfile.NamedTemporaryFile("w+", prefix=f"hmad-{role}-", suffix=".log")  # noqa: SIM115 (closed below)
@@ -71,7 +98,7 @@ def daemon(role: str, model: Path, *arguments: str) -> Iterator[str]:
     url = f"http://127.0.0.1:{port}"
     try:
         wait_healthy(url, process, log.name)
-        yield url
+        yield Node(url, port, process.pid)
     finally:
         process.terminate()
         process.wait(30)

@@ -118,16 +118,16 @@ class Daemon:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def get(self, path: str) -> Answer:
-        return self._ask("GET", path, None)
+    def get(self, path: str, headers: dict[str, str] | None = None) -> Answer:
+        return self._ask("GET", path, None, headers)
 
     def post(self, path: str, **body: object) -> Answer:
         return self._ask("POST", path, json.dumps(body).encode())
 
-    def complete(self, prompt: object, **fields: object) -> Answer:
+    def complete(self, prompt: object, headers: dict[str, str] | None = None, **fields: object) -> Answer:
         """/v1/completions to the asked length, with token ids."""
-        fields = {"temperature": 0, "ignore_eos": True, "return_token_ids": True} | fields
-        return self.post("/v1/completions", prompt=prompt, **fields)
+        fields = {"prompt": prompt, "temperature": 0, "ignore_eos": True, "return_token_ids": True} | fields
+        return self._ask("POST", "/v1/completions", json.dumps(fields).encode(), headers)
 
     @contextmanager
     def stream(self, **body: object) -> Iterator[Iterator[bytes]]:
@@ -141,10 +141,11 @@ class Daemon:
         finally:
             connection.close()
 
-    def _ask(self, method: str, path: str, body: bytes | None) -> Answer:
+    def _ask(self, method: str, path: str, body: bytes | None, headers: dict[str, str] | None = None) -> Answer:
         connection = HTTPConnection("127.0.0.1", self.port, timeout=ANSWER_S)
         try:
-            connection.request(method, path, body, {"Content-Type": "application/json"} if body else {})
+            kind = {"Content-Type": "application/json"} if body else {}
+            connection.request(method, path, body, kind | (headers or {}))
             with connection.getresponse() as response:
                 return Answer(response.status, dict(response.getheaders()), response.read())
         finally:

@@ -5,7 +5,7 @@ import json
 import threading
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from hmad.edges.api import RoleServices, build_app
 from hmad.edges.metrics import Metrics
 from hmad.facts.errors import RequestError
-from hmad.facts.requests import GenerationRequest, TokenEvent
+from hmad.facts.requests import GenerationRequest, Place, TokenEvent
 from hmad.facts.sampling import SampledToken, TokenLogprobs
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
@@ -100,6 +100,7 @@ class ScriptedGenerator:
         self.script: Script = lambda request: events_of("hello")
         self.refusal: RequestError | None = None
         self.requests: list[GenerationRequest] = []
+        self.clients: list[str] = []
         self.stopped: list[int] = []
         self.running = 0
         self.entered = asyncio.Event()
@@ -116,9 +117,16 @@ class ScriptedGenerator:
             self.running -= 1
             self.left.set()
 
-    def check_admissible(self, requests: Sequence[GenerationRequest]) -> None:
+    def check_room(self, client: str) -> None:
         if self.refusal:
             raise self.refusal
+
+    def admit(self, client: str, num_prompts: int) -> AbstractContextManager[list[Place]]:
+        self.clients.append(client)
+        return nullcontext([None] * num_prompts)
+
+    def check_fits(self, requests: Sequence[GenerationRequest]) -> None:
+        """Everything fits."""
 
 
 @asynccontextmanager

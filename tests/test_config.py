@@ -220,6 +220,7 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "max_queue": ("5", 5),
     "queue_timeout": ("0.5", 0.5),
     "timelines": ("0", 0),
+    "request_timeout": ("2.5", 2.5),
     "transfer": ("after", "after"),
     "stream_rate": ("100M", 100 << 20),
     "frame_bytes": ("64K", 64 << 10),

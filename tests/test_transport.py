@@ -79,6 +79,7 @@ class StubEngine:
     """Takes note of what joins; a step happens when a test says so."""
 
     num_waiting = 0
+    max_batch_size = 64
 
     def __init__(self, role: DecodeRole) -> None:
         self._role = role

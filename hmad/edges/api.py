@@ -12,9 +12,10 @@ import re
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -22,7 +23,17 @@ from aiohttp import ClientConnectionResetError, hdrs, web
 from structlog.contextvars import bound_contextvars
 
 from hmad.edges.answers import Answer, answer_for
-from hmad.edges.completions import Job, Piece, ServedModel, encode_chat, joined, off_loop, prepare, started
+from hmad.edges.completions import (
+    Piece,
+    ServedModel,
+    encode_chat,
+    in_thread,
+    joined,
+    num_prompts,
+    off_loop,
+    prepare,
+    started,
+)
 from hmad.edges.health import word_for
 from hmad.edges.metrics import CONTENT_TYPE, Metrics, error_cause
 from hmad.edges.openai_schema import (
@@ -67,6 +78,7 @@ HTML_HEADERS = {
 }
 
 OUR_ID = web.RequestKey("id", str)
+CLIENT = web.RequestKey("client", str)  # whose turn a request takes
 STREAM = web.RequestKey("stream", web.StreamResponse)  # set once its headers are out
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -169,15 +181,19 @@ class Guard:
     @web.middleware
     async def ask_for_key(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """401 unless the client named a key we know, where keys are asked for."""
-        if self._services.api_key_digests and request.path not in OPEN_PATHS and not self._knows_key(request):
-            raise RequestError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
+        request[CLIENT] = request.remote or ""
+        if self._services.api_key_digests and request.path not in OPEN_PATHS:
+            request[CLIENT] = self._known_key(request).hex()
         return await handler(request)
 
-    def _knows_key(self, request: web.Request) -> bool:
+    def _known_key(self, request: web.Request) -> bytes:
+        """The digest of the client's key. Raises RequestError unless it is one of ours."""
         scheme, _, key = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
         digest = key_digest(key.strip().encode("utf-8", "surrogateescape"))
         matches = [hmac.compare_digest(digest, known) for known in self._services.api_key_digests]
-        return scheme.lower() == "bearer" and any(matches)
+        if scheme.lower() != "bearer" or not any(matches):
+            raise RequestError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
+        return digest
 
     async def sign(self, request: web.Request, response: web.StreamResponse) -> None:
         """The client's X-Request-Id comes back if it is sane, else ours; ours alone is used inside."""
@@ -270,22 +286,27 @@ class OpenAIRoutes:
         self, request: web.Request, request_type: type[CompletionRequest | ChatRequest]
     ) -> web.StreamResponse:
         received_s = time.monotonic()
+        client, generator = request[CLIENT], self._served.generator
         with self._metrics.outcome():
-            job = await self._read_job(request, request_type, received_s)
-            async with started(job, received_s, self._metrics) as run:
-                answer = answer_for(run)
-                return await (send_stream(request, answer) if job.request.stream else send_whole(answer))
+            async with time_limit(self._served.request_timeout_s):
+                generator.check_room(client)  # first of all: to refuse costs least before the body is read
+                body = await read_body(request)
+                parsed = self._parse(body, request_type)
+                with generator.admit(client, num_prompts(parsed)) as places:
+                    job = await prepare(parsed, self._served, client, places, len(body), received_s)
+                    async with started(job, received_s, self._metrics) as run:
+                        answer = answer_for(run)
+                        return await (send_stream(request, answer) if parsed.stream else send_whole(answer))
 
-    async def _read_job(
-        self, request: web.Request, request_type: type[CompletionRequest | ChatRequest], received_s: float
-    ) -> Job:
-        body = await read_body(request)
+    def _parse(
+        self, body: bytes, request_type: type[CompletionRequest | ChatRequest]
+    ) -> CompletionRequest | ChatRequest:
         fields = parse_json(body)
         refuse_unsupported(fields)
         parsed = parse(fields, request_type)
         check_generation(parsed)
         self._check_model(parsed.model)
-        return await prepare(parsed, self._served, len(body), received_s)
+        return parsed
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name not in self._served.names:
@@ -310,7 +331,7 @@ class OpenAIRoutes:
         fields = parse_json(body)
         parsed = parse(fields, TokenizeChatRequest) if "messages" in fields else parse(fields, TokenizeTextRequest)
         self._check_model(parsed.model)
-        tokens = await asyncio.to_thread(self._encode, parsed)
+        tokens = await in_thread(self._served, request[CLIENT], lambda: self._encode(parsed))
         strings = [token_text(self._served.tokenizer.token_bytes(t)) for t in tokens]
         return json_response(
             200,
@@ -336,7 +357,8 @@ class OpenAIRoutes:
         self._check_model(parsed.model)
         check_vocabulary(parsed.tokens, self._served.vocab_size, "tokens")
         tokenizer = self._served.tokenizer
-        text = await off_loop(len(body), lambda: tokenizer.decode(parsed.tokens, skip_special_tokens=False))
+        decode = partial(tokenizer.decode, parsed.tokens, skip_special_tokens=False)
+        text = await off_loop(len(body), self._served, request[CLIENT], decode)
         return json_response(200, {"prompt": text})
 
     async def timeline_trace(self, request: web.Request) -> web.Response:
@@ -368,6 +390,19 @@ async def read_body(request: web.Request) -> bytes:
                 return await request.read()
     except TimeoutError:
         raise RequestError(408, f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s") from None
+
+
+@asynccontextmanager
+async def time_limit(limit_s: float | None) -> AsyncIterator[None]:
+    """End what runs in it when the operator's limit has passed."""
+    try:
+        async with asyncio.timeout(limit_s) as limit:
+            yield
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        message = f"the request was not finished within {limit_s:g} s, the limit of this server"
+        raise RequestError(504, message, code="request_timeout") from None
 
 
 async def send_whole(answer: Answer) -> web.Response:

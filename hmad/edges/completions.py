@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from hmad.compute.checkpoint import GenerationDefaults
@@ -29,11 +29,13 @@ from hmad.edges.openai_schema import (
     usage_object,
 )
 from hmad.facts.errors import LocalError
-from hmad.facts.requests import Generation, GenerationRequest, Generator, TokenEvent
+from hmad.facts.requests import Generation, GenerationRequest, Generator, Place, TokenEvent
 from hmad.facts.sampling import SampledToken, SamplingParams
 from hmad.facts.timeline import Timeline
+from hmad.roles import queue
 
 INLINE_BYTES = 8192  # tokenizing more than this leaves the event loop for a thread
+PREPARED_AT_ONCE = 2  # in threads: one may tokenize while another waits for its chat template
 DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # by generation_config.json
 QUEUED_EVENTS = 16  # of one HTTP request, between its generations and a slow client
 
@@ -52,7 +54,9 @@ class ServedModel:
     max_model_len: int
     default_max_tokens: int
     timeline_of: Callable[[str], Timeline | None] = lambda request_id: None
+    request_timeout_s: float | None = None
     created_s: int = field(default_factory=lambda: int(time.time()))
+    preparing: queue.Turns = field(default_factory=lambda: queue.Turns(PREPARED_AT_ONCE))
 
     @cached_property
     def thinking_marks(self) -> tuple[int | None, int | None]:
@@ -93,9 +97,15 @@ class Job:
 # --- Prompts to tokens --------------------------------------------------------------------------------------------
 
 
-async def off_loop(size_bytes: int, work: Callable[[], T]) -> T:
+async def in_thread(model: ServedModel, client: str, work: Callable[[], T]) -> T:
+    """Run ``work`` in a thread when it is its turn: clients take turns here as they do in the queue."""
+    async with model.preparing.turn(queue.Place(client)):
+        return await asyncio.to_thread(work)
+
+
+async def off_loop(size_bytes: int, model: ServedModel, client: str, work: Callable[[], T]) -> T:
     """Run ``work`` here when its input is small, in a thread when it would hold up the event loop."""
-    return work() if size_bytes <= INLINE_BYTES else await asyncio.to_thread(work)
+    return work() if size_bytes <= INLINE_BYTES else await in_thread(model, client, work)
 
 
 def encode_chat(request: ChatRequest, tokenizer: Tokenizer, add_special_tokens: bool) -> list[int]:
@@ -109,13 +119,18 @@ def encode_chat(request: ChatRequest, tokenizer: Tokenizer, add_special_tokens: 
     return tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
 
-async def encode_prompts(request: CompletionRequest | ChatRequest, model: ServedModel, body_bytes: int) -> list[Prompt]:
+async def encode_prompts(
+    request: CompletionRequest | ChatRequest, model: ServedModel, client: str, body_bytes: int
+) -> list[Prompt]:
     """The request's prompts as token ids. A chat template runs apart and may take its time: never on the event loop."""
     if isinstance(request, ChatRequest):
         add_special_tokens = bool(request.add_special_tokens)
-        return [Prompt(tuple(await asyncio.to_thread(encode_chat, request, model.tokenizer, add_special_tokens)))]
+        encode = partial(encode_chat, request, model.tokenizer, add_special_tokens)
+        return [Prompt(tuple(await in_thread(model, client, encode)))]
     prompts = split_prompts(request.prompt)
-    return await off_loop(body_bytes, lambda: [_encode_prompt(prompt, request, model) for prompt in prompts])
+    return await off_loop(
+        body_bytes, model, client, lambda: [_encode_prompt(prompt, request, model) for prompt in prompts]
+    )
 
 
 def _encode_prompt(prompt: str | list[int], request: CompletionRequest, model: ServedModel) -> Prompt:
@@ -126,11 +141,21 @@ def _encode_prompt(prompt: str | list[int], request: CompletionRequest, model: S
     return Prompt(tuple(prompt), model.tokenizer.decode(prompt, skip_special_tokens=False) if request.echo else "")
 
 
+def num_prompts(request: CompletionRequest | ChatRequest) -> int:
+    """What a request counts in the queue: the choices of a prompt share its prefill."""
+    return 1 if isinstance(request, ChatRequest) else len(split_prompts(request.prompt))
+
+
 async def prepare(
-    request: CompletionRequest | ChatRequest, model: ServedModel, body_bytes: int, received_s: float
+    request: CompletionRequest | ChatRequest,
+    model: ServedModel,
+    client: str,
+    places: Sequence[Place],
+    body_bytes: int,
+    received_s: float,
 ) -> Job:
     """Tokenize, fill in the defaults and check everything that can be checked before the queue."""
-    prompts = await encode_prompts(request, model, body_bytes)
+    prompts = await encode_prompts(request, model, client, body_bytes)
     seeds = choice_seeds(request.seed, request.num_choices)
     generation_requests = tuple(
         GenerationRequest(
@@ -139,11 +164,12 @@ async def prepare(
             seeds,
             bool(request.stream),
             received_s,
+            place,
         )
-        for prompt in prompts
+        for prompt, place in zip(prompts, places, strict=True)
     )
     _check_logits(generation_requests, model.vocab_size)
-    model.generator.check_admissible(generation_requests)
+    model.generator.check_fits(generation_requests)
     return Job(request, model, request.model or model.names[0], tuple(prompts), generation_requests)
 
 

@@ -58,6 +58,7 @@ class PrefillNode:
                 max_model_len=model.max_model_len,
                 default_max_tokens=config.default_max_tokens,
                 timeline_of=role.timelines.get,
+                request_timeout_s=config.request_timeout_s,
             ),
             api_key_digests=load_api_keys(config.api_key_file) if config.api_key_file else frozenset(),
         )
@@ -82,7 +83,7 @@ class PrefillNode:
             model.identity, model.cluster_key, config.bulk_connections, Pacer(config.stream_bytes_per_s)
         )
         role.links = [PeerLink(peer.host, peer.port, link_settings, role.changed) for peer in config.peers]
-        metrics.queue_length.set_function(lambda: role.num_waiting)
+        metrics.queue_length.set_function(lambda: role.queue.num_waiting)
         metrics.running.set_function(lambda: role.num_running)
         return cls(config, model, role, tokenizer, metrics)
 
@@ -123,7 +124,7 @@ class PrefillNode:
         role = self._role
         return common_status(self._config, self._model) | {
             "health": self._health.describe(),
-            "waiting": role.num_waiting,
+            "waiting": role.queue.num_waiting,
             "running": role.num_running,
             "staging": {"free_pages": role.staging.free_pages, "total_pages": role.staging.num_pages},
             "decode_nodes": [link.describe() for link in role.links],

@@ -220,6 +220,9 @@ class Config(BaseModel):
     timelines: Annotated[int, Field(ge=0, le=100_000), Unit("requests"), OF_PREFILL] = Field(
         64, description="timelines of the last requests that are kept, each up to 1 MB; 0 records none"
     )
+    request_timeout_s: Annotated[Seconds | None, Unit("s"), OF_PREFILL] = Field(
+        None, validation_alias="request_timeout", description="longest life of a request, from its arrival to its end"
+    )
     transfer: Annotated[Literal["layerwise", "after"], OF_PREFILL] = Field(
         "layerwise", description="send each layer's KV while later ones compute, or all of it after (the baseline)"
     )

@@ -1,11 +1,13 @@
 """What the REST edge asks of a prefill node, and what it gets back. The seam between edges and roles."""
 
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from hmad.facts.sampling import SampledToken, SamplingParams
+
+Place = Any  # in the role's queue; the edge only carries it
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class GenerationRequest:
     seeds: tuple[int, ...]
     streamed: bool
     received_s: float
+    place: Place  # in the queue, as ``admit`` gave it
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,17 @@ class Generation(Protocol):
 class Generator(Protocol):
     """A prefill role, seen from the edge."""
 
+    def check_room(self, client: str) -> None:
+        """Raise RequestError (429 with Retry-After) when the queue has no room for this client.
+
+        ``client`` is whose turn a request takes: the digest of an API key, or an address.
+        """
+
+    def admit(self, client: str, num_prompts: int) -> AbstractContextManager[Sequence[Place]]:
+        """Places in the queue, one per prompt, held while the prompts are prepared; or RequestError as check_room."""
+
+    def check_fits(self, requests: Sequence[GenerationRequest]) -> None:
+        """Raise RequestError (400) for what this node can never compute."""
+
     def generate(self, request: GenerationRequest) -> AbstractAsyncContextManager[Generation]:
         """Queue the request; leaving the context cancels whatever is not finished."""
-
-    def check_admissible(self, requests: Sequence[GenerationRequest]) -> None:
-        """Raise RequestError at once for what can never fit (400) or finds the queue full (429 with Retry-After)."""

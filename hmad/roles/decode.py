@@ -35,6 +35,7 @@ from hmad.wire.transfers import DecodeTransfer
 log = get_logger(__name__)
 
 RETRY_AFTER_S = 1.0
+BATCH_SHARE_AHEAD = 4  # a quarter of a batch may be leased beyond it
 
 
 @dataclass(eq=False)
@@ -123,7 +124,7 @@ class DecodeRole:
 
     def load(self) -> Load:
         return Load(
-            free_slots=self.arena.free_slots,
+            free_slots=0 if self._too_far_ahead(1) else self.arena.free_slots,
             total_slots=self.arena.num_slots,
             running=self.engine.num_running,
             waiting=self.engine.num_waiting,
@@ -146,6 +147,9 @@ class DecodeRole:
         elif needed > self.arena.free_slots:
             full = f"{needed} slots are needed, {self.arena.free_slots} of {self.arena.num_slots} are free"
             session.deny(transfer, DenyReason.FULL, full, RETRY_AFTER_S)
+        elif self._too_far_ahead(message.num_choices):
+            ahead = f"{self._num_choices} choices are here, {self.engine.max_batch_size} decode at once"
+            session.deny(transfer, DenyReason.FULL, ahead, RETRY_AFTER_S)
         else:
             self._hold(session, transfer, message, prompt_token_ids, params)
             session.grant(transfer)
@@ -205,6 +209,18 @@ class DecodeRole:
         if needed > self.arena.num_slots:
             return f"{needed} slots are needed, the whole arena has {self.arena.num_slots}: raise --arena-bytes"
         return None
+
+    @property
+    def _num_choices(self) -> int:
+        return sum(len(holding.tail_slots) for holding in self._holdings.values())
+
+    def _too_far_ahead(self, num_choices: int) -> bool:
+        """Whether these would stand in line here: beyond the batch, only as many as keep it full while others arrive.
+
+        The prefill node's queue is where requests wait: it is bounded and fair, and has not begun to answer them.
+        """
+        at_most = self.engine.max_batch_size + max(1, self.engine.max_batch_size // BATCH_SHARE_AHEAD)
+        return bool(self._holdings) and self._num_choices + num_choices > at_most
 
     def _hold(
         self,

@@ -4,10 +4,12 @@ Engines call back on their own thread; the roles hand the results to the loop wi
 """
 
 import abc
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from hmad.compute.batch import DecodeBatch
@@ -29,6 +31,7 @@ from hmad.roles.scheduler import plan_prefill
 
 log = get_logger(__name__)
 
+ENGINE_NICE = 5  # computing yields to the event loop, which has little to do and is waited for by every client
 SHORTEST_PATIENCE_S = 1.5  # so that /health turns within 2 s
 LONGEST_PATIENCE_S = 30.0  # also of an engine that has nothing to compare with yet
 SLACK = 4.0  # times the slowest that was seen lately
@@ -117,6 +120,8 @@ class Engine(abc.ABC):
         self._progress_s = now_s
 
     def _run(self) -> None:
+        with suppress(PermissionError):  # a sandbox may forbid it; then refusals and first tokens are a little slower
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), ENGINE_NICE)
         try:
             while self._wait_for_work():
                 self._work()
@@ -288,7 +293,7 @@ class DecodeEngine(Engine):
     def __init__(self, device: DecodeDevice, max_batch_size: int, deliver: Callable[[list[StepOutput]], None]) -> None:
         super().__init__("decode")
         self._device = device
-        self._max_batch_size = max_batch_size
+        self.max_batch_size = max_batch_size
         self._deliver = deliver
         self._waiting: deque[DecodeSequence] = deque()
         self._dropping: set[DecodeSequence] = set()
@@ -338,7 +343,7 @@ class DecodeEngine(Engine):
             present = [*self._batch.sequences, *self._waiting]
             self._waiting = deque(s for s in self._waiting if s not in dropping)
             members = [s for s in self._batch.sequences if s not in dropping]
-            while self._waiting and len(members) < self._max_batch_size:
+            while self._waiting and len(members) < self.max_batch_size:
                 members.append(self._waiting.popleft())
         if members != self._batch.sequences:
             self._batch = DecodeBatch(members)

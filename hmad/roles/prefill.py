@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 import xxhash
@@ -16,13 +16,13 @@ from hmad.facts.requests import GenerationRequest
 from hmad.facts.timeline import MAX_SPANS, Timeline
 from hmad.roles.engines import PrefillDone, PrefillEngine
 from hmad.roles.placement import Placement, RequestRun
+from hmad.roles.queue import RETRY_AFTER_S, FairQueue, Place
 from hmad.roles.scheduler import rank_peers
 from hmad.transport.lease import Denied, Lease, StagedBlocks
 from hmad.transport.prefill_link import PeerLink
 from hmad.wire.frames import DIGEST_NONE
 from hmad.wire.messages import DenyReason
 
-RETRY_AFTER_S = 1.0
 DRAIN_RETRY_AFTER_S = 5.0
 PEERLESS_S = 1.5  # for so long a request waits for any decode node to be there at all
 NO_DIGEST = bytes(16)
@@ -63,12 +63,11 @@ class PrefillRole:
         self.links: Sequence[PeerLink] = ()
         self.timelines: dict[str, Timeline] = {}  # the last requests', by id, the oldest first
         self._counters = counters
-        self.num_waiting = 0
+        self.queue = FairQueue(settings.max_queue)
         self.num_running = 0
         self.draining = False
         self._ended: HmadError | None = None
         self._loop = asyncio.get_running_loop()
-        self._head = asyncio.Lock()  # whoever holds it is the head of the queue; the lock is fair, so it is the queue
         self._changed = asyncio.Event()
         self._open: set[RequestRun] = set()
         self._placements: dict[PrefillSequence, Placement] = {}
@@ -87,12 +86,26 @@ class PrefillRole:
             run.close()
             self.changed()
 
-    def check_admissible(self, requests: Sequence[GenerationRequest]) -> None:
-        """Raise RequestError for what would be refused at once."""
+    def check_room(self, client: str, num_prompts: int = 1) -> None:
+        """Raise RequestError for a client that ``admit`` would not let in."""
         if self.draining:
             raise RequestError(
                 503, "this prefill node drains: ask another", code="draining", retry_after_s=DRAIN_RETRY_AFTER_S
             )
+        self.queue.check_room(client, num_prompts)
+
+    @contextmanager
+    def admit(self, client: str, num_prompts: int) -> Iterator[list[Place]]:
+        """Places in the queue, until the requests have ended."""
+        self.check_room(client, num_prompts)
+        try:
+            with self.queue.admit(client, num_prompts) as places:
+                yield places
+        finally:
+            self.changed()
+
+    def check_fits(self, requests: Sequence[GenerationRequest]) -> None:
+        """Raise RequestError for what this node has no memory for."""
         longest = max(len(request.prompt_token_ids) for request in requests)
         if longest > self.settings.max_prompt_tokens:
             raise RequestError(
@@ -101,13 +114,6 @@ class PrefillRole:
                 "ask its operator for more history-bytes (or staging-bytes with transfer = after)",
                 param="prompt",
                 code="never_fits",
-            )
-        if self.num_waiting + len(requests) > self.settings.max_queue:
-            raise RequestError(
-                429,
-                f"the queue is full: {self.num_waiting} requests wait, {self.settings.max_queue} may",
-                code="queue_full",
-                retry_after_s=RETRY_AFTER_S,
             )
 
     # --- stopping ---
@@ -120,7 +126,7 @@ class PrefillRole:
 
     async def drained(self) -> None:
         """Wait until every request has ended."""
-        await self._wait_until(lambda: not self._open)
+        await self._wait_until(lambda: not self._open and not self.queue.num_waiting)
 
     def end_requests(self, error: HmadError) -> None:
         """Make every request that is still here end with this error."""
@@ -133,19 +139,14 @@ class PrefillRole:
 
     async def place(self, placement: Placement) -> Lease | None:
         """Wait for our turn and for room; None when nothing needs to be shipped (a single output token)."""
-        if placement.epoch == 0:  # one that is placed again was admitted before
-            self.check_admissible([placement.request])
-        self.num_waiting += 1
         try:
-            async with asyncio.timeout(self.settings.queue_timeout_s), self._head:
+            async with asyncio.timeout(self.settings.queue_timeout_s), self.queue.turn(placement.request.place):
                 await self._wait_until(self._engine_has_room)
                 if placement.request.params.max_tokens == 1:
                     return None
                 return await self._reserve_somewhere(placement)
         except TimeoutError:
             raise self._no_capacity() from None
-        finally:
-            self.num_waiting -= 1
 
     def forget(self, placement: Placement) -> None:
         self._placements.pop(placement.sequence, None)
