@@ -22,6 +22,7 @@ import uvloop
 
 PATIENCE_S = 120.0  # for answers that are still on their way when the plan's time is over
 NUM_PROMPTS = 64
+CONNECTING_AT_ONCE = 16  # a node shows out those who connect in hundreds and have not said anything yet
 WORDS = ("the", "module", "returns", "a", "list", "of", "names", "and", "raises", "an", "error", "when", "no", "file")
 
 
@@ -74,7 +75,7 @@ class Connection(asyncio.Protocol):
     def __init__(self) -> None:
         self._transport: asyncio.Transport
         self._received = bytearray()
-        self._answered: asyncio.Future[None]
+        self._answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._answered_s = 0.0
         self.is_open = True
 
@@ -98,6 +99,8 @@ class Connection(asyncio.Protocol):
         self._answered_s = 0.0
         self._answered = asyncio.get_running_loop().create_future()
         outcome.sent_s = time.monotonic()
+        if not self.is_open:
+            return
         self._transport.write(request)
         await self._answered
         outcome.answered_s, outcome.ended_s = self._answered_s, time.monotonic()
@@ -134,6 +137,7 @@ class Generator:
         self._random = random.Random(client.name)
         self._requests = [self._make_request() for _ in range(NUM_PROMPTS)]
         self._idle: list[Connection] = []
+        self._connecting = asyncio.Semaphore(CONNECTING_AT_ONCE)
         self._num_left = client.num_requests if client.num_requests is not None else sys.maxsize
         self._end_s = time.monotonic() + plan.seconds
 
@@ -164,7 +168,7 @@ class Generator:
     async def _ask(self, due_s: float) -> None:
         outcome = Outcome(self._client.name, due_s, time.monotonic())
         self._outcomes.append(outcome)
-        connection = self._idle.pop() if self._idle else await self._connect()
+        connection = self._reuse() or await self._connect()
         if connection is None:
             return
         try:
@@ -175,9 +179,16 @@ class Generator:
         if connection.is_open:
             self._idle.append(connection)
 
+    def _reuse(self) -> Connection | None:
+        """A connection that is idle and that the node has not closed meanwhile."""
+        self._idle = [connection for connection in self._idle if connection.is_open]
+        return self._idle.pop() if self._idle else None
+
     async def _connect(self) -> Connection | None:
+        loop = asyncio.get_running_loop()
         try:
-            _, connection = await asyncio.get_running_loop().create_connection(Connection, "127.0.0.1", self._plan.port)
+            async with self._connecting:
+                _, connection = await loop.create_connection(Connection, "127.0.0.1", self._plan.port)
         except OSError:
             return None
         return connection
