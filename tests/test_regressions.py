@@ -131,7 +131,9 @@ def ignore(*_: Any) -> None:
 
 def placement() -> Placement:
     host = cast(Any, SimpleNamespace(vocab_size=100, transfer_after=False))
-    request = GenerationRequest((1, 2), SamplingParams(max_tokens=3), (0,), streamed=True, received_s=0.0, place=None)
+    request = GenerationRequest(
+        "r", (1, 2), SamplingParams(max_tokens=3), (0,), streamed=True, received_s=0.0, place=None
+    )
     return Placement(host, request, (0,), bytes(16), 0, Timeline("r", 2, 0.0, 0.0))
 
 

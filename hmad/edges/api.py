@@ -24,6 +24,7 @@ from structlog.contextvars import bound_contextvars
 
 from hmad.edges.answers import Answer, answer_for
 from hmad.edges.completions import (
+    Arrival,
     Piece,
     ServedModel,
     encode_chat,
@@ -285,16 +286,16 @@ class OpenAIRoutes:
     async def _generate(
         self, request: web.Request, request_type: type[CompletionRequest | ChatRequest]
     ) -> web.StreamResponse:
-        received_s = time.monotonic()
-        client, generator = request[CLIENT], self._served.generator
+        arrival = Arrival(request[OUR_ID], request[CLIENT], time.monotonic())
+        generator = self._served.generator
         with self._metrics.outcome():
             async with time_limit(self._served.request_timeout_s):
-                generator.check_room(client)  # first of all: to refuse costs least before the body is read
+                generator.check_room(arrival.client)  # first of all: to refuse costs least before the body is read
                 body = await read_body(request)
                 parsed = self._parse(body, request_type)
-                with generator.admit(client, num_prompts(parsed)) as places:
-                    job = await prepare(parsed, self._served, client, places, len(body), received_s)
-                    async with started(job, received_s, self._metrics) as run:
+                with generator.admit(arrival.client, num_prompts(parsed)) as places:
+                    job = await prepare(parsed, self._served, arrival, places, len(body))
+                    async with started(job, arrival.received_s, self._metrics) as run:
                         answer = answer_for(run)
                         return await (send_stream(request, answer) if parsed.stream else send_whole(answer))
 

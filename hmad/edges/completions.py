@@ -146,27 +146,40 @@ def num_prompts(request: CompletionRequest | ChatRequest) -> int:
     return 1 if isinstance(request, ChatRequest) else len(split_prompts(request.prompt))
 
 
+@dataclass(frozen=True)
+class Arrival:
+    """An HTTP request: the id that we gave it, whose it is, and when it came."""
+
+    request_id: str
+    client: str
+    received_s: float
+
+    def id_of_prompt(self, number: int) -> str:
+        """The first prompt of a list goes by the request's own id."""
+        return f"{self.request_id}.{number}" if number else self.request_id
+
+
 async def prepare(
     request: CompletionRequest | ChatRequest,
     model: ServedModel,
-    client: str,
+    arrival: Arrival,
     places: Sequence[Place],
     body_bytes: int,
-    received_s: float,
 ) -> Job:
     """Tokenize, fill in the defaults and check everything that can be checked before the queue."""
-    prompts = await encode_prompts(request, model, client, body_bytes)
+    prompts = await encode_prompts(request, model, arrival.client, body_bytes)
     seeds = choice_seeds(request.seed, request.num_choices)
     generation_requests = tuple(
         GenerationRequest(
+            arrival.id_of_prompt(number),
             prompt.token_ids,
             sampling_params(request, model, len(prompt.token_ids)),
             seeds,
             bool(request.stream),
-            received_s,
+            arrival.received_s,
             place,
         )
-        for prompt, place in zip(prompts, places, strict=True)
+        for number, (prompt, place) in enumerate(zip(prompts, places, strict=True))
     )
     _check_logits(generation_requests, model.vocab_size)
     model.generator.check_fits(generation_requests)

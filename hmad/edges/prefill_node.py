@@ -80,7 +80,11 @@ class PrefillNode:
             waits_for_wire=lambda: staging.is_waited_for,
         )
         link_settings = LinkSettings(
-            model.identity, model.cluster_key, config.bulk_connections, Pacer(config.stream_bytes_per_s)
+            model.identity,
+            model.cluster_key,
+            config.bulk_connections,
+            Pacer(config.stream_bytes_per_s),
+            role.counters.failed,
         )
         role.links = [PeerLink(peer.host, peer.port, link_settings, role.changed) for peer in config.peers]
         metrics.queue_length.set_function(lambda: role.queue.num_waiting)
@@ -167,7 +171,7 @@ def make_staging(config: Config, model: NodeModel) -> StagingPool:
 def counters(metrics: Metrics) -> PrefillCounters:
     return PrefillCounters(
         finished=lambda timeline: record(timeline, metrics),
-        lost=lambda error: metrics.count_error(error_cause(error)),
+        failed=lambda error: metrics.count_error(error_cause(error)),
     )
 
 

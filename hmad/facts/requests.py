@@ -18,6 +18,7 @@ class GenerationRequest:
     when its HTTP request came (monotonic).
     """
 
+    request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     seeds: tuple[int, ...]

@@ -62,7 +62,7 @@ class RequestRun:
     """One request under way (hmad.facts.requests.Generation). Iterating it drives it."""
 
     def __init__(self, host: PlacementHost, request: GenerationRequest) -> None:
-        self.request_id = secrets.token_hex(16)
+        self.request_id = request.request_id
         self._host = host
         self._request = request
         self._transfer_id = secrets.token_bytes(16)

@@ -48,7 +48,7 @@ class PrefillCounters:
     """Who counts what happens on this node."""
 
     finished: Callable[[Timeline], None]  # a placement has ended
-    lost: Callable[[RemoteError], None]  # why a request had to be placed again
+    failed: Callable[[Exception], None]  # a session is lost, or a request has to be placed again: why
 
 
 class PrefillRole:
@@ -62,7 +62,7 @@ class PrefillRole:
         self.engine: PrefillEngine
         self.links: Sequence[PeerLink] = ()
         self.timelines: dict[str, Timeline] = {}  # the last requests', by id, the oldest first
-        self._counters = counters
+        self.counters = counters
         self.queue = FairQueue(settings.max_queue)
         self.num_running = 0
         self.draining = False
@@ -154,10 +154,10 @@ class PrefillRole:
     def finished(self, timeline: Timeline) -> None:
         if timeline.first_token_s is not None:
             self._keep(timeline)
-        self._counters.finished(timeline)
+        self.counters.finished(timeline)
 
     def lost(self, error: RemoteError) -> None:
-        self._counters.lost(error)
+        self.counters.failed(error)
 
     def _keep(self, timeline: Timeline) -> None:
         """Of a request that was placed several times the last placement's timeline is kept."""

@@ -427,11 +427,12 @@ class DecodeSession:
             return
         self.is_open = False
         log.info("session closed", peer=self.name, reason=str(error))
-        if isinstance(error, RemoteProtocolError):
-            self._host.failed(type(error).__name__)
         self._liveness.stop()
         self._listener.forget(self)
-        for transfer in self.transfers.close():
+        held = self.transfers.close()
+        if held or isinstance(error, RemoteProtocolError):  # else a prefill node that had nothing here has left
+            self._host.failed(type(error).__name__)
+        for transfer in held:
             self._host.release(transfer)
         for channel in self.connections:
             if at_once or channel.connection is not self._control:

@@ -55,6 +55,7 @@ class LinkSettings:
     cluster_key: bytes | None
     num_bulk_connections: int
     pacer: Pacer
+    failed: Callable[[Exception], None]  # a session could not be had, or was lost: count it
 
 
 class PeerLink:
@@ -78,14 +79,18 @@ class PeerLink:
                 self._set_trouble(None)
                 await self._session.run()
             except (OSError, HmadError, TimeoutError) as error:
-                self._set_trouble(describe(error, self.name))
+                self._failed(error)
             except Exception as error:  # a bug must not cost us the peer for good
                 log.exception("the session failed", peer=self.name)
-                self._set_trouble(describe(error, self.name))
+                self._failed(error)
             finally:
                 self._forget_session()
             await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
             backoff_s = min(2 * backoff_s, BACKOFF_LAST_S)
+
+    def _failed(self, error: Exception) -> None:
+        self._settings.failed(error)
+        self._set_trouble(describe(error, self.name))
 
     def _forget_session(self) -> None:
         if self._session is not None:
