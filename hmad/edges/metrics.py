@@ -28,6 +28,7 @@ Direction = Literal["sent", "received"]
 
 STEP_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
 REQUEST_BUCKETS_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0)
+LOOP_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 SHARE_BUCKETS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.93, 0.95, 0.97, 0.99, 1.0)
 
 
@@ -64,6 +65,13 @@ class Metrics:
         self.running = self._create(Gauge, "running_sequences", "Sequences being computed")
         self.arena_used_slots = self._create(Gauge, "arena_used_slots", "Slots of the arena in use", of="decode")
         self.arena_total_slots = self._create(Gauge, "arena_total_slots", "Slots of the arena", of="decode")
+
+        self.loop_busy_s = self._create(
+            Histogram,
+            "event_loop_busy_seconds",
+            "CPU time of the event loop between two ticks 25 ms apart: no callback held it for longer",
+            buckets=LOOP_BUCKETS_S,
+        )
 
     def _create_link(self) -> None:
         labels = ("peer", "direction")

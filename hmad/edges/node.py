@@ -13,6 +13,7 @@ from aiohttp import web
 
 from hmad.edges.api import RoleServices, build_app
 from hmad.edges.health import keep_looking
+from hmad.edges.loop_watch import LoopWatch
 from hmad.edges.metrics import Metrics
 from hmad.edges.node_model import SHUTDOWN_S, open_model
 from hmad.edges.notify import Notifier
@@ -90,6 +91,7 @@ async def serve(config: Config) -> int:
     node.engine.on_death = lambda: loop.call_soon_threadsafe(signals.end_at_once)
     report_unhandled(loop, node.services.metrics)
     exempt_from_collection()
+    loop_watch = LoopWatch(node.services.metrics.loop_busy_s.observe)
     runner = web.AppRunner(
         build_app(node.services),
         handler_cancellation=True,
@@ -111,6 +113,7 @@ async def serve(config: Config) -> int:
         node.end_requests()
         await runner.cleanup()
         await node.stop()
+        loop_watch.stop()
         watching.cancel()  # last: the watchdog is fed until the end
         notifier.close()
     return EXIT_FAILED if node.engine.failure else EXIT_OK
