@@ -135,13 +135,6 @@ BEGINNINGS: dict[str, Callable[[Pair], bytes]] = {
 }
 
 
-def test_another_protocol_is_told_to_the_operator(pair: Pair) -> None:
-    """Before the floods: for a minute after one, the limit on log lines leaves no room for it."""
-    hello = recorded(pair)[FrameType.HELLO]
-    assert converse(pair.decode.stream_port, replace(hello, fixed=hello.fixed[:4] + b"\x02" + hello.fixed[5:])) == []
-    wait_for(lambda: "the peer speaks protocol version 2" in pair.decode.log)
-
-
 @pytest.mark.parametrize("kind", BEGINNINGS)
 def test_flood_locks_nobody_out(pair: Pair, kind: str) -> None:
     """Very many wait at each port; clients are served all the while, and a prefill node that was cut off comes back."""
@@ -227,10 +220,14 @@ def test_a_recorded_handshake_opens_nothing(pair: Pair) -> None:
 
 
 def test_nothing_comes_before_the_handshake(pair: Pair) -> None:
-    pair.answer()
     frames = recorded(pair)
-    for frame in (frames[FrameType.PING], frames[FrameType.AUTH]):
-        assert converse(pair.decode.stream_port, frame) == []
+    for frame, words in (
+        (frames[FrameType.PING], "may not come before the peer is authenticated"),
+        (frames[FrameType.AUTH], "out of order in the handshake"),
+    ):
+        [reject] = converse(pair.decode.stream_port, frame)
+        assert reject.type is FrameType.REJECT
+        assert words in reject.fields["reason"]
 
 
 @pytest.mark.parametrize(
@@ -241,6 +238,13 @@ def test_other_versions_and_models_are_told_so(pair: Pair, field: str, value: An
     [reject] = converse(pair.decode.stream_port, recorded(pair)[FrameType.HELLO].saying(**{field: value}))
     assert reject.type is FrameType.REJECT
     assert words in reject.fields["reason"]
+
+
+def test_another_protocol_is_told_so(pair: Pair) -> None:
+    hello = recorded(pair)[FrameType.HELLO]
+    [reject] = converse(pair.decode.stream_port, replace(hello, fixed=hello.fixed[:4] + b"\x02" + hello.fixed[5:]))
+    assert reject.type is FrameType.REJECT
+    assert "the peer speaks protocol version 2, this node 1: run the same release" in reject.fields["reason"]
 
 
 # --- who makes room for whom ---

@@ -9,6 +9,7 @@ from typing import Protocol
 from hmad.facts.errors import RemoteError, RemoteProtocolError
 from hmad.transport.liveness import DEAD_AFTER_S
 from hmad.wire.frames import FrameReader, FrameWriter, Payload, Received
+from hmad.wire.handshake import make_reject
 from hmad.wire.messages import AnyMessage
 
 # A peer that does not read its control channel is cut off before its backlog eats our memory.
@@ -58,6 +59,8 @@ class FrameConnection(asyncio.BufferedProtocol):
             if received is not None:
                 self._handler.frame_received(received)
         except RemoteError as error:
+            if isinstance(error, RemoteProtocolError) and not self.reader.authenticated:
+                self.send(make_reject(str(error)))  # who is new here may be of another release: say what is wrong
             self.close(error)
 
     def eof_received(self) -> bool:
