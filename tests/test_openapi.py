@@ -35,7 +35,7 @@ def test_the_document_is_up_to_date() -> None:
 
 
 @schema.parametrize()
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 def test_a_prefill_node_does_what_the_document_says(case: schemathesis.Case, pair: tuple[PrefillDaemon, ...]) -> None:
     # A schema cannot say what spans fields, or depends on the model: its vocabulary, its context.
     case.call_and_validate(base_url=pair[0].url, timeout=30, excluded_checks=[positive_data_acceptance])
