@@ -3,6 +3,7 @@
 import asyncio
 import faulthandler
 import gc
+import resource
 import signal
 from typing import Any, Protocol
 
@@ -69,6 +70,7 @@ class Signals:
 def run(config: Config) -> int:
     """Serve until a signal; the exit code. Not 0 where the engine died, so that a supervisor starts us again."""
     faulthandler.enable()  # a supervisor's watchdog ends us by SIGABRT: the log then has where each thread was
+    raise_file_limit()
     torch.set_num_threads(config.threads)
     numba.set_num_threads(min(config.threads, numba.config.NUMBA_NUM_THREADS))
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the node is built, a signal ends the process at once
@@ -79,6 +81,12 @@ def run(config: Config) -> int:
     except Exception:
         log.exception("the node crashed")
         return EXIT_FAILED
+
+
+def raise_file_limit() -> None:
+    """Every stream and every peer is a file; a shell's usual soft limit of 1,024 is for programs of another time."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 async def serve(config: Config) -> int:
