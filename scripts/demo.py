@@ -348,13 +348,24 @@ def demo(arguments: argparse.Namespace, logs: Path) -> None:
     start_s = time.monotonic()
     with running(decode, prefill):
         print(f"   both are healthy after {time.monotonic() - start_s:.1f} s")
-        ask_and_show(arguments.prompt, decode, prefill, arguments.keep)
+        picture = ask_and_show(arguments.prompt, decode, prefill)
+        if picture and arguments.picture:
+            save_picture(picture, arguments.picture)
         if arguments.keep:
             wait_for_interrupt(decode, prefill)
     print("\n4. Stop both:")
     for daemon in (prefill, decode):
         daemon.check_stopped_well()
         print(f"   {daemon.role} node: SIGTERM, exit code {daemon.exit_code}")
+
+
+def save_picture(address: str, path: Path) -> None:
+    """The timeline as a PNG, by Chromium."""
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1150,600"]
+    with tempfile.TemporaryDirectory() as profile:
+        command = ["chromium", *options, f"--user-data-dir={profile}", f"--screenshot={path.absolute()}", address]
+        subprocess.run(command, check=True, capture_output=True, timeout=ANSWER_S)
+    print(f"   saved as {path}")
 
 
 def wait_for_interrupt(decode: Daemon, prefill: Daemon) -> None:
@@ -377,7 +388,8 @@ def make_daemons(arguments: argparse.Namespace, logs: Path) -> tuple[Daemon, Dae
     return decode, Daemon("prefill", pick_port(8000), logs, computing + sending)
 
 
-def ask_and_show(question: str, decode: Daemon, prefill: Daemon, keep: bool) -> None:
+def ask_and_show(question: str, decode: Daemon, prefill: Daemon) -> str | None:
+    """The address of the answer's timeline, where it was handed over."""
     messages = conversation(question)
     print("\n2. Ask, over REST, after a conversation about other modules:")
     print("   (once before to warm up: the first use of a kernel costs more; nothing is cached of it)")
@@ -389,15 +401,16 @@ def ask_and_show(question: str, decode: Daemon, prefill: Daemon, keep: bool) -> 
     print(f"\n\n   {timeline['num_prompt_tokens']} prompt tokens, {len(answer.token_times_s)} output tokens")
     if timeline["wire_s"] is None:
         print("\n3. What happened: the first token ended the answer, so nothing was handed to the decode node.")
-        return
+        return None
     print(f"\n3. What happened to the prompt's KV, layer by layer, sent as {timeline['kv_format']}:\n")
     show_layers(layer_spans(timeline))
     print()
     show_overlap(timeline)
     show_bytes(timeline, answer.decode_status, model_geometry())
     show_latencies(answer, timeline)
-    print(f"\n   As a picture: http://{HOST}:{prefill.port}/timeline/{timeline['request_id']}", end="")
-    print("" if keep else "  (with --keep, the nodes stay up for you to look)")
+    picture = f"http://{HOST}:{prefill.port}/timeline/{timeline['request_id']}"
+    print(f"\n   As a picture: {picture} (--keep leaves the nodes up for you to look, --picture FILE saves it)")
+    return picture
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -406,6 +419,7 @@ def parse_arguments() -> argparse.Namespace:
     formats = ("auto", *FORMATS)
     parser.add_argument("--kv-format", choices=formats, default="auto", help="default: auto, the precision's own")
     parser.add_argument("--prompt", default=QUESTION, help=f"the question (default: {QUESTION})")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="save the timeline as a PNG; needs chromium")
     parser.add_argument("--keep", action="store_true", help="leave both nodes running, to look at their pages")
     return parser.parse_args()
 
