@@ -1,0 +1,120 @@
+"""What the Triton kernels share: the KV formats as compile-time constants, exact bit patterns, and launch checks.
+
+A format is a compile-time branch; its layout is that of docs/formats.md. Formats with 8-bit values are read as words
+of four bytes, because 128-bit loads and arithmetic on two values at a time are what keeps the kernels memory-bound.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+# Formats by code: the code is the index of the name.
+FORMAT_NAMES = ("fp32", "bf16", "int8", "fp8_e4m3", "mxfp8", "bfp8")
+TOKENS_PER_BLOCK = (8, 16, 32, 32, 32, 32)
+FP32, BF16, INT8 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+FP8_E4M3, MXFP8, BFP8 = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)
+
+INFINITY_BITS = tl.constexpr(0x7F800000)
+BF16_OVERFLOW_BITS = tl.constexpr(0x7F7F8000)  # from here on a float32 rounds to a bfloat16 infinity
+TILE_BYTES = tl.constexpr(1088)  # a bfp8 tile: 64 exponents, then 1,024 values
+HEAD_DIMS = (64, 128)
+DTYPES = (torch.bfloat16, torch.float32)  # what K, V, queries and results may be
+ALIGN_BYTES = 16  # of every row and block: one 128-bit load
+
+
+def format_code(format_name: str) -> int:
+    """The code of a format, or ValueError."""
+    if format_name not in FORMAT_NAMES:
+        raise ValueError(f"unknown KV format {format_name!r}")
+    return FORMAT_NAMES.index(format_name)
+
+
+def panel_bytes(code: int, head_dim: int) -> int:
+    """Bytes of one head's K or V of one block."""
+    per_dim = {MXFP8.value: 33, BFP8.value: 34}.get(code, 32)
+    return per_dim * head_dim + (128 if code in (INT8.value, FP8_E4M3.value) else 0)
+
+
+def interprets() -> bool:
+    """Whether Triton's interpreter runs the kernels: they are functions of another kind then."""
+    return not isinstance(bits_of, triton.JITFunction)
+
+
+def check_head_dim(head_dim: int) -> None:
+    """Raise ValueError for what the kernels are not written for."""
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"head_dim must be one of {HEAD_DIMS} on this device, not {head_dim}")
+
+
+def check_place(tensors: dict[str, torch.Tensor]) -> None:
+    """Raise ValueError unless all tensors are aligned for 128-bit access and on one device that kernels can run on."""
+    device = next(iter(tensors.values())).device
+    for name, tensor in tensors.items():
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, not on {device}")
+        if tensor.data_ptr() % ALIGN_BYTES:
+            raise ValueError(
+                f"{name} {list(tensor.shape)}, strides {tensor.stride()}, must begin at a multiple of "
+                f"{ALIGN_BYTES} bytes"
+            )
+    if not interprets() and device.type != "cuda":
+        raise ValueError(f"Triton kernels run on a GPU, not on {device}")
+
+
+def check_rows(k: torch.Tensor, v: torch.Tensor) -> None:
+    """Raise ValueError unless K and V are what the kernels that store them read."""
+    for name, x in (("k", k), ("v", v)):
+        if x.dim() != 3 or x.shape != k.shape or x.dtype != k.dtype or x.dtype not in DTYPES:
+            raise ValueError(
+                f"{name} must be float32 or bfloat16 [num_tokens, num_kv_heads, head_dim], as k is, "
+                f"not {x.dtype} {list(x.shape)}"
+            )
+        if x.stride(2) != 1 or any(stride * x.element_size() % ALIGN_BYTES for stride in x.stride()[:2]):
+            raise ValueError(
+                f"{name} {list(x.shape)} must be contiguous in its last dimension and its rows aligned to "
+                f"{ALIGN_BYTES} bytes, not of strides {x.stride()}"
+            )
+
+
+def check_metadata(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless a tensor is contiguous int32 of this shape; -1 stands for any size."""
+    fits = tensor.dim() == len(shape) and all(w in (-1, n) for n, w in zip(tensor.shape, shape, strict=True))
+    if tensor.dtype != torch.int32 or not fits or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} must be contiguous int32 {list(shape)}, "
+            f"not {tensor.dtype} {list(tensor.shape)}, strides {tensor.stride()}"
+        )
+
+
+@triton.jit
+def bits_of(x):
+    """The bits of float32 values."""
+    return x.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def float_of(bits):
+    """The float32 values that have these bits."""
+    return bits.to(tl.uint32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def to_f32(x):
+    """Float32 or bfloat16 as float32: by bits, since the interpreter's cast is wrong for subnormal numbers."""
+    if x.dtype == tl.bfloat16:
+        return float_of(x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
+    else:
+        return x
+
+
+@triton.jit
+def store_rounded(pointers, x, mask):
+    """Store float32 as it is, or rounded to bfloat16, to nearest even."""
+    if pointers.dtype.element_ty == tl.bfloat16:
+        bits = bits_of(x)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
+        # A NaN whose payload is in the low bits would round to an infinity or to zero.
+        rounded = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded.to(tl.uint32)).to(tl.uint16)
+        tl.store(pointers, rounded.to(tl.bfloat16, bitcast=True), mask=mask)
+    else:
+        tl.store(pointers, x, mask=mask)
