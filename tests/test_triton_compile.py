@@ -1,0 +1,156 @@
+"""Every Triton kernel compiled ahead of time, on any machine, for GPUs that are not there: no register spills, and the
+payload moved by 128-bit loads. A part of the matrix runs always; ``pytest -m every_target`` runs all of it.
+"""
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from hmad_kernels import triton_append, triton_attention, triton_pack
+from hmad_kernels.triton_append import APPEND_OPTIONS, append_constants
+from hmad_kernels.triton_attention import attend_constants, merge_constants, tuning_for
+from hmad_kernels.triton_common import FORMAT_NAMES, format_code
+from hmad_kernels.triton_pack import ROWS, pack_constants, pack_options
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+CAPABILITIES: dict[str, tuple[int, int] | None] = {
+    "sm_80": (8, 0),
+    "sm_89": (8, 9),
+    "sm_90": (9, 0),
+    "sm_100": (10, 0),
+    "gfx942": None,
+}
+FLOATS = ("fp32", "bf16")
+VALUE_BYTES = {"fp32": 4, "bf16": 2} | dict.fromkeys(("int8", "fp8_e4m3", "mxfp8", "bfp8"), 1)
+POINTERS = {
+    "k": "bf16", "v": "bf16", "q": "bf16", "out": "u8", "blocks": "i32", "bad_rows": "u8", "slots": "i32",
+    "slot_ids": "i32", "offsets": "i32", "items": "i32", "seq_items": "i32", "block_table": "i32",
+    "partial_values": "fp32", "partial_stats": "fp32",
+}  # fmt: skip
+ALIGNED = {"slot_words", "out_stride", "k_token_stride", "k_head_stride", "v_token_stride", "v_head_stride"}
+ALWAYS = {
+    ("sm_90", 128, name) for name in FORMAT_NAMES
+} | {(arch, 128, name) for arch in ("sm_80", "gfx942") for name in ("fp8_e4m3", "bfp8")}  # fmt: skip
+VARIANTS = [
+    pytest.param(arch, head_dim, name, marks=() if (arch, head_dim, name) in ALWAYS else pytest.mark.every_target)
+    for arch in CAPABILITIES
+    for head_dim in (64, 128)
+    for name in FORMAT_NAMES
+]
+every_variant = pytest.mark.parametrize(("arch", "head_dim", "name"), VARIANTS)
+
+
+@pytest.fixture(autouse=True)
+def kept_binaries(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What did not change is not compiled again, and nothing is left in the user's home."""
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(request.config.cache.mkdir("triton"))
+        yield
+
+
+def target_of(arch: str) -> GPUTarget:
+    capability = CAPABILITIES[arch]
+    return (
+        GPUTarget("hip", arch, 64) if capability is None else GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+    )
+
+
+def compiled(kernel: Any, arch: str, constants: dict[str, Any], options: dict[str, Any], **pointers: str) -> Any:
+    """A kernel as a launch with aligned arguments would compile it."""
+    types = POINTERS | pointers
+    arguments = kernel.arg_names
+    signature = {}
+    for name in arguments:
+        scalar = "fp32" if name == "log2_scale" else "i32"
+        signature[name] = "constexpr" if name in constants else f"*{types[name]}" if name in types else scalar
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(arguments) if name in types or name in ALIGNED
+    }  # fmt: skip
+    return triton.compile(ASTSource(kernel, signature, constants, aligned), target=target_of(arch), options=options)
+
+
+def assert_no_spills(binary: Any, arch: str, directory: Path) -> None:
+    if CAPABILITIES[arch] is None:
+        figures = r"\.(?:[sv]gpr_spill_count|private_segment_fixed_size):\s*(\d+)"
+        assert re.findall(figures, binary.asm["amdgcn"]) == ["0", "0", "0"]
+    else:
+        usage = disassembled(binary, directory, "--dump-resource-usage")
+        assert re.findall(r"(?:STACK|LOCAL):(\d+)", usage) == ["0", "0"], usage
+
+
+def disassembled(binary: Any, directory: Path, *options: str) -> str:
+    path = directory / "kernel.cubin"
+    path.write_bytes(binary.asm["cubin"])
+    return subprocess.run([CUOBJDUMP, *options, path], capture_output=True, text=True, check=True).stdout
+
+
+def wide_load_bytes(binary: Any, directory: Path) -> int:
+    """Bytes that a program's 128-bit loads from global memory move, each instruction counted once."""
+    loads = re.findall(r"\b(?:LDG|LDGSTS)\.E(?:\.\w+)*\.128\b", disassembled(binary, directory, "-sass"))
+    return len(loads) * 16 * 32 * binary.metadata.num_warps
+
+
+@every_variant
+def test_packing_compiles(arch: str, head_dim: int, name: str, tmp_path: Path) -> None:
+    capability = CAPABILITIES[arch]
+    constants = pack_constants(
+        format_code(name), head_dim, hardware_e4m3=capability is not None and capability >= (8, 9)
+    )
+    binary = compiled(triton_pack._pack_kernel, arch, constants, pack_options(format_code(name)))
+    assert_no_spills(binary, arch, tmp_path)
+    if capability is not None:
+        payload = 2 * ROWS * head_dim * 2  # K and V of a program, in bfloat16
+        assert 0.95 <= wide_load_bytes(binary, tmp_path) / payload <= 1
+
+
+@every_variant
+def test_attention_compiles(arch: str, head_dim: int, name: str, tmp_path: Path) -> None:
+    capability = CAPABILITIES[arch]
+    tuning = tuning_for(name, head_dim, capability)
+    constants = attend_constants(format_code(name), head_dim, tuning.tokens, interpreted=False)
+    binary = compiled(triton_attention._attend_kernel, arch, constants, tuning.options())
+    assert_no_spills(binary, arch, tmp_path)
+    if capability is not None:
+        # The loop's own loads, and as many as run ahead of it: by the pipeline's depth, or written one step ahead.
+        copies = tuning.num_stages if name in FLOATS else 2
+        payload = copies * 2 * tuning.tokens * head_dim * VALUE_BYTES[name]
+        queries = 16 * head_dim * 2  # may also be loaded so
+        assert 0.95 <= wide_load_bytes(binary, tmp_path) / payload <= 1 + queries / payload
+
+
+@pytest.mark.parametrize("arch", CAPABILITIES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_merging_compiles(arch: str, head_dim: int, tmp_path: Path) -> None:
+    kernel = triton_attention._merge_kernel
+    binary = compiled(kernel, arch, merge_constants(head_dim), triton_attention.MERGE_OPTIONS, out="bf16")
+    assert_no_spills(binary, arch, tmp_path)
+
+
+@pytest.mark.parametrize("arch", CAPABILITIES)
+@pytest.mark.parametrize("name", FLOATS)
+def test_appending_compiles(arch: str, name: str, tmp_path: Path) -> None:
+    constants = append_constants(format_code(name), 128)
+    binary = compiled(triton_append._append_kernel, arch, constants, APPEND_OPTIONS, slots="u8")
+    assert_no_spills(binary, arch, tmp_path)
+
+
+def test_no_conversion_to_e4m3_that_sm_80_lacks(tmp_path: Path) -> None:
+    """It cannot be compiled there; with it the code is shorter elsewhere."""
+    code = format_code("fp8_e4m3")
+    by_hand, by_hardware = (
+        disassembled(
+            compiled(triton_pack._pack_kernel, "sm_90", pack_constants(code, 128, hardware_e4m3=h), pack_options(code)),
+            tmp_path,
+            "-sass",
+        )
+        for h in (False, True)
+    )
+    assert "E4M3" not in by_hand
+    assert "E4M3" in by_hardware

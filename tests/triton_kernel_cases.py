@@ -1,0 +1,404 @@
+"""The Triton kernels beside their reference twins. test_triton_kernels.py runs this file, in processes of its own:
+in Triton's interpreter on any machine, and compiled where there is a GPU.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_cpu_kernels import NUM_KV_HEADS, Segments, both_dtypes, every_format, paged, wild_kv
+from torch import Tensor
+
+from hmad.compute.codecs import decode, encode
+from hmad.facts.formats import FORMATS, KVFormat
+from hmad_kernels import triton_pack
+from hmad_kernels.cpu_attention import append_kv as cpu_append_kv
+from hmad_kernels.triton_append import append_kv
+from hmad_kernels.triton_attention import (
+    EMPTY,
+    item_tokens_for,
+    paged_decode_attention,
+    paged_decode_attention_reference,
+    partial_shapes,
+    split_items,
+)
+from hmad_kernels.triton_common import FORMAT_NAMES, TOKENS_PER_BLOCK, panel_bytes
+from hmad_kernels.triton_pack import pack_blocks
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+QUANTIZED = ("int8", "fp8_e4m3", "mxfp8", "bfp8")
+FLOAT_ERROR = 1e-5  # of float32 operands; relative, over all results
+# Operands of 11 bits (float16), or of 8 (bfloat16, on a GPU only: the interpreter computes in float32).
+OPERAND_ERROR = {"fp32": FLOAT_ERROR, "bf16": FLOAT_ERROR if DEVICE == "cpu" else 8e-3} | dict.fromkeys(QUANTIZED, 1e-3)
+numpy_warns = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NaN and overflow, in the interpreter
+head_dims = pytest.mark.parametrize("head_dim", [64, 128])
+
+
+def test_kernels_and_facts_agree_on_the_formats() -> None:
+    assert tuple(FORMATS) == FORMAT_NAMES
+    for code, fmt in enumerate(FORMATS.values()):
+        assert TOKENS_PER_BLOCK[code] == fmt.tokens_per_block
+        assert panel_bytes(code, 128) == fmt.panel_bytes(128)
+
+
+def block_rows(fmt: KVFormat, lengths: Sequence[int]) -> list[list[int]]:
+    """(first row, number of tokens) of every block of sequences that lie end to end."""
+    rows = []
+    first = 0
+    for length in lengths:
+        for start in range(0, length, fmt.tokens_per_block):
+            rows.append([first + start, min(fmt.tokens_per_block, length - start)])
+        first += length
+    return rows
+
+
+def pack(fmt: KVFormat, k: Tensor, v: Tensor, lengths: Sequence[int] | None = None) -> tuple[Tensor, list[int]]:
+    """The blocks that the kernel makes, and the rows that it finds bad."""
+    k, v = k.to(DEVICE), v.to(DEVICE)
+    blocks = torch.tensor(block_rows(fmt, lengths or [len(k)]), dtype=torch.int32, device=DEVICE)
+    shape = (len(blocks), 2 * k.shape[1] * fmt.panel_bytes(k.shape[2]))
+    out = torch.full(shape, 0xA5, dtype=torch.uint8, device=DEVICE)
+    bad_rows = torch.zeros(len(k), dtype=torch.uint8, device=DEVICE)
+    pack_blocks(fmt.name, k, v, blocks, out, bad_rows)
+    return out.cpu(), bad_rows.nonzero().flatten().tolist()
+
+
+@every_format
+@both_dtypes
+@head_dims
+def test_packed_bytes_equal_the_codec(fmt: KVFormat, dtype: torch.dtype, head_dim: int) -> None:
+    k, v = wild_kv(77, head_dim, dtype)
+    out, bad_rows = pack(fmt, k, v)
+    assert torch.equal(out, encode(fmt, k, v))
+    assert bad_rows == []
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(st.sampled_from(list(FORMATS.values())), st.lists(st.integers(1, 40), min_size=1, max_size=3), st.booleans())
+def test_packing_a_batch_out_of_a_projection(fmt: KVFormat, lengths: list[int], is_bf16: bool) -> None:
+    """K and V as a model's one projection makes them, of sequences that each begin a block of their own."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    qkv = torch.randn(sum(lengths), 6, 64, generator=generator) * 8
+    qkv = qkv.bfloat16() if is_bf16 else qkv
+    k, v = qkv[:, 2:4], qkv[:, 4:6]
+    parts = zip(k.split(lengths), v.split(lengths), strict=True)
+    expected = torch.cat([encode(fmt, *part) for part in parts])
+    assert torch.equal(pack(fmt, k, v, lengths)[0], expected)
+
+
+@every_format
+def test_a_block_without_tokens_is_that_of_zeros(fmt: KVFormat) -> None:
+    k = torch.randn(1, 2, 64, device=DEVICE)
+    zeros = torch.zeros(1, 2, 64)
+    expected = encode(fmt, zeros, zeros)
+    out = torch.full_like(expected, 0xA5, device=DEVICE)
+    blocks = torch.tensor([[0, 0]], dtype=torch.int32, device=DEVICE)
+    pack_blocks(fmt.name, k, k, blocks, out, torch.zeros(1, dtype=torch.uint8, device=DEVICE))
+    assert torch.equal(out.cpu(), expected)
+
+
+@numpy_warns
+@every_format
+def test_packing_names_the_rows_that_are_not_finite(fmt: KVFormat) -> None:
+    k, v = torch.zeros(2, 40, 2, 64, dtype=torch.bfloat16)
+    k[3, 1, 5], v[33, 0, 63], v[39, 1, 0] = float("nan"), float("inf"), float("-inf")
+    assert pack(fmt, k, v)[1] == [3, 33, 39]
+
+
+@numpy_warns
+def test_packing_bf16_names_what_would_round_to_infinity() -> None:
+    k = torch.full((3, 1, 64), np.uint32(0x7F7F7FFF).view(np.float32).item())
+    k[1, 0, 9] = -np.uint32(0x7F7F8000).view(np.float32).item()
+    assert pack(FORMATS["bf16"], k, k)[1] == [1]
+    assert pack(FORMATS["fp32"], k, k)[1] == []
+
+
+def test_bad_rows_of_an_earlier_launch_stay() -> None:
+    k = torch.zeros(4, 1, 64, device=DEVICE)
+    bad_rows = torch.tensor([0, 1, 0, 1], dtype=torch.uint8, device=DEVICE)
+    blocks = torch.tensor([[0, 4]], dtype=torch.int32, device=DEVICE)
+    out = torch.empty(1, 2 * 34 * 64, dtype=torch.uint8, device=DEVICE)
+    pack_blocks("bfp8", k, k, blocks, out, bad_rows)
+    assert bad_rows.tolist() == [0, 1, 0, 1]
+
+
+@triton.jit
+def _divide_kernel(x, divisors, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    place = rows[:, None] * COLUMNS + columns[None, :]
+    tl.store(out + place, triton_pack._divide_rows(tl.load(x + place), tl.load(divisors + rows)))
+
+
+@pytest.mark.parametrize("largest", [127.0, 448.0])
+def test_quotients_are_correctly_rounded(largest: float) -> None:
+    generator = torch.Generator().manual_seed(int(largest))
+    binades = torch.randint(-100, 100, (64, 1), generator=generator).float()
+    x = torch.randn(64, 1024, generator=generator) * binades.exp2()
+    divisors = x.abs().amax(1) / largest
+    out = torch.empty_like(x, device=DEVICE)
+    _divide_kernel[(1,)](x.to(DEVICE), divisors.to(DEVICE), out, 64, 1024, enable_fp_fusion=False)
+    assert torch.equal(out.cpu(), x / divisors[:, None])
+
+
+def test_packing_refuses_what_does_not_fit() -> None:
+    k = torch.zeros(4, 2, 64, device=DEVICE)
+    blocks = torch.zeros(1, 2, dtype=torch.int32, device=DEVICE)
+    out = torch.zeros(1, 2 * 2 * 34 * 64, dtype=torch.uint8, device=DEVICE)
+    bad = torch.zeros(4, dtype=torch.uint8, device=DEVICE)
+    wide = torch.zeros(4, 2, 66, device=DEVICE)
+    with pytest.raises(ValueError, match="unknown KV format 'int4'"):
+        pack_blocks("int4", k, k, blocks, out, bad)
+    with pytest.raises(ValueError, match=r"v must be .* as k is, not torch.bfloat16"):
+        pack_blocks("bfp8", k, k.bfloat16(), blocks, out, bad)
+    with pytest.raises(ValueError, match=r"aligned to 16 bytes, not of strides \(132, 66, 1\)"):
+        pack_blocks("bfp8", wide[..., :64], wide[..., :64], blocks, out, bad)
+    with pytest.raises(ValueError, match="multiple of 16 bytes"):
+        pack_blocks("bfp8", k, k, blocks, torch.zeros(8705, dtype=torch.uint8, device=DEVICE)[1:].view(1, -1), bad)
+    with pytest.raises(ValueError, match=r"out must be contiguous uint8 \[1, 8448\]"):
+        pack_blocks("mxfp8", k, k, blocks, out, bad)
+    with pytest.raises(ValueError, match="head_dim must be one of"):
+        pack_blocks("bfp8", k[..., :32], k[..., :32], blocks, out, bad)
+    with pytest.raises(ValueError, match="blocks must be contiguous int32"):
+        pack_blocks("bfp8", k, k, blocks.long(), out, bad)
+    with pytest.raises(ValueError, match=r"bad_rows must be contiguous uint8 \[4\]"):
+        pack_blocks("bfp8", k, k, blocks, out, bad[:3])
+    with pytest.raises(ValueError, match="v is on meta"):
+        pack_blocks("bfp8", k, k.to("meta"), blocks, out, bad)
+
+
+@numpy_warns
+@pytest.mark.parametrize("name", ["bf16", "fp32"])
+@both_dtypes
+def test_appending_equals_the_cpu_kernel(name: str, dtype: torch.dtype) -> None:
+    k, v = wild_kv(3, 64, dtype)
+    k[1, 2, 7] = float("nan")
+    ids, offsets = torch.tensor([4, 0, 2], dtype=torch.int32), torch.tensor([0, 7, 3], dtype=torch.int32)
+    expected = torch.full((5, 2 * 3 * 34 * 64), 0xA5, dtype=torch.uint8)
+    slots = expected.to(DEVICE)
+    bad_rows = torch.zeros(3, dtype=torch.uint8, device=DEVICE)
+    append_kv(name, *(x.to(DEVICE) for x in (k, v)), slots, ids.to(DEVICE), offsets.to(DEVICE), bad_rows)
+    assert tuple(bad_rows.nonzero().flatten().tolist()) == cpu_append_kv(k, v, expected, ids, offsets, name) == (1,)
+    keep = [4, 2]  # what is in the block of the bad row is nobody's concern
+    assert torch.equal(slots.cpu()[keep], expected[keep])
+    assert torch.equal(slots.cpu()[[1, 3]], expected[[1, 3]])
+
+
+def test_appending_refuses_what_does_not_fit() -> None:
+    k = torch.zeros(2, 1, 64, device=DEVICE)
+    slots = torch.zeros(1, 4352, dtype=torch.uint8, device=DEVICE)
+    ids, bad = torch.zeros(2, dtype=torch.int32, device=DEVICE), torch.zeros(2, dtype=torch.uint8, device=DEVICE)
+    with pytest.raises(ValueError, match="a tail is fp32 or bf16, not 'bfp8'"):
+        append_kv("bfp8", k, k, slots, ids, ids, bad)
+    with pytest.raises(ValueError, match="a block of 4096 bytes does not fit into a slot of 4080"):
+        append_kv("bf16", k, k, slots[:, :4080].contiguous(), ids, ids, bad)
+    with pytest.raises(ValueError, match=r"slot_ids must be contiguous int32 \[2\]"):
+        append_kv("bf16", k, k, slots, ids[:1], ids, bad)
+    with pytest.raises(ValueError, match=r"bad_rows must be contiguous uint8 \[2\]"):
+        append_kv("bf16", k, k, slots, ids, ids, bad[:1])
+
+
+@dataclass
+class Case:
+    """One attention launch. Scratch and result begin as NaN, and every byte that belongs to no token is 0xFF."""
+
+    sequences: list[Segments]
+    head_dim: int = 64
+    group: int = 4
+    dtype: torch.dtype = torch.float32
+    item_tokens: int = 128  # more than a step of the kernels' loops
+    spare_items: int = 0
+
+    def __post_init__(self) -> None:
+        case = paged(self.sequences, self.head_dim, self.group, self.dtype)
+        self.q, self.slots, self.block_table = (x.to(DEVICE) for x in (case.q, case.slots, case.block_table))
+        self.seq_segments, self.segments = case.seq_segments, case.segments
+        self.sm_scale = case.sm_scale
+
+    def run(self) -> Tensor:
+        segments = self.seq_segments.numpy(), self.segments.numpy()
+        capacity = len(split_items(*segments, self.item_tokens)[0]) + self.spare_items
+        items, seq_items = split_items(*segments, self.item_tokens, capacity)
+        out = torch.full_like(self.q, float("nan"))
+        scratch = [
+            torch.full(shape, float("nan"), device=DEVICE)
+            for shape in partial_shapes(len(items), self.q.shape[1], self.head_dim)
+        ]
+        paged_decode_attention(
+            self.q, self.slots, torch.from_numpy(items).to(DEVICE), torch.from_numpy(seq_items).to(DEVICE),
+            self.block_table, out, *scratch, self.sm_scale, NUM_KV_HEADS,
+            sorted({name for sequence in self.sequences for name, _ in sequence}),
+        )  # fmt: skip
+        return out.cpu()
+
+    def reference(self) -> Tensor:
+        def read(name: str, blocks: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+            return decode(FORMATS[name], blocks, num_tokens, NUM_KV_HEADS, self.head_dim)
+
+        return paged_decode_attention_reference(
+            self.q.cpu(), self.slots.cpu(), self.seq_segments, self.segments, self.block_table.cpu(),
+            self.sm_scale, NUM_KV_HEADS, read,
+        )  # fmt: skip
+
+    def error(self) -> float:
+        expected = self.reference()
+        return ((self.run() - expected).norm() / expected.norm()).item()
+
+
+@every_format
+@head_dims
+def test_attention_equals_float64_over_the_decoded_values(fmt: KVFormat, head_dim: int) -> None:
+    # Blocks past powers of two; items and steps that end in the middle.
+    lengths = (1, 33, 65, 130) if head_dim == 64 else (33, 130)
+    assert Case([[(fmt.name, n)] for n in lengths], head_dim).error() < OPERAND_ERROR[fmt.name]
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 5, 6, 7, 8])
+def test_query_heads_share_a_kv_head(group: int) -> None:
+    case = Case([[("bf16", 40)], [("bfp8", 40)]], group=group)
+    assert case.error() < max(OPERAND_ERROR.values())
+
+
+SEGMENTS = st.lists(st.tuples(st.sampled_from(list(FORMATS)), st.integers(1, 70)), min_size=1, max_size=3)
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(st.lists(SEGMENTS, min_size=1, max_size=3), st.sampled_from([32, 96, 128]), st.integers(0, 3))
+def test_segments_of_any_formats_mix(sequences: list[Segments], item_tokens: int, spare_items: int) -> None:
+    """Raw prefixes without a tail, tails without a prefix, and all between, in items of any size."""
+    case = Case(sequences, item_tokens=item_tokens, spare_items=spare_items)
+    assert case.error() < max(OPERAND_ERROR.values())
+
+
+def test_bfloat16_queries_and_results() -> None:
+    mixed: Segments = [("bfp8", 45), ("bf16", 19)]
+    assert Case([mixed, [("bf16", 1)]], dtype=torch.bfloat16).error() < 8e-3
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_large_scores_do_not_overflow(name: str) -> None:
+    case = Case([[(name, 100)]])
+    case.q *= 500
+    assert case.run().isfinite().all()
+    assert case.error() < 2e-2
+
+
+@pytest.mark.parametrize("raw", QUANTIZED)
+@pytest.mark.parametrize("binades", [-100, -40, 40, 100])
+def test_values_far_from_one_keep_their_precision(raw: str, binades: int) -> None:
+    """Float16 operands hold five binades; scales must carry the rest, of values that differ from token to token."""
+    case = Case([[(raw, 70)]])
+    generator = torch.Generator().manual_seed(binades)
+    k = torch.randn(70, NUM_KV_HEADS, 64, generator=generator)
+    steps = torch.arange(70).fmod(7).view(-1, 1, 1) - 3.0
+    v = torch.randn(70, NUM_KV_HEADS, 64, generator=generator) * (binades + 5 * steps).exp2()
+    blocks = encode(FORMATS[raw], k, v).to(DEVICE)
+    case.slots[case.block_table.long(), : blocks.shape[1]] = blocks
+    assert case.error() < OPERAND_ERROR[raw]
+
+
+@pytest.mark.parametrize("raw", QUANTIZED)
+def test_one_token_returns_its_v(raw: str) -> None:
+    """Whatever its bytes: E4M3 subnormals, magnitudes that are not normalised, scales at either end."""
+    case = Case([[(raw, 1)]], group=1)
+    size = FORMATS[raw].panel_bytes(64)
+    slot = case.slots[int(case.block_table[0])]
+    rng = np.random.default_rng(1)
+    for scale_byte in (12, 100, 127, 200):
+        slot[: 4 * size] = 0  # K: every score is 0
+        for head in range(NUM_KV_HEADS):
+            v = torch.from_numpy(rng.integers(0, 256, size, dtype=np.uint8) & 0xBF)
+            if raw == "mxfp8":
+                v[32 * 64 :] = scale_byte
+            elif raw == "bfp8":
+                v.view(2, 1088)[:, :64] = scale_byte
+            else:
+                v[32 * 64 :] = torch.tensor([2.0 ** (scale_byte - 126)]).view(torch.uint8).repeat(32)
+            slot[(2 * head + 1) * size : (2 * head + 2) * size] = v.to(DEVICE)
+        assert torch.allclose(case.run().double(), case.reference(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("raw", [*QUANTIZED, "bf16", "fp32"])
+def test_every_byte_of_the_cache_matters(raw: str) -> None:
+    case = Case([[(raw, FORMATS[raw].tokens_per_block)]], group=1)
+    before = case.run()
+    slot = case.slots[int(case.block_table[0])]
+    size = FORMATS[raw].panel_bytes(64)
+    for position in (3, size - 1 if raw in ("int8", "fp8_e4m3") else size - 70, size + 3):
+        slot[position] ^= 0x44
+        assert not torch.equal(case.run(), before)
+        slot[position] ^= 0x44
+    assert torch.equal(case.run(), before)
+
+
+@numpy_warns
+@pytest.mark.parametrize("panel", [0, 1], ids=["k", "v"])
+def test_a_nan_in_the_cache_stays_visible(panel: int) -> None:
+    case = Case([[("bf16", 40)]])
+    slot = case.slots[int(case.block_table[1])].view(torch.bfloat16)
+    slot[panel * 16 * 64 + 5] = float("nan")
+    out = case.run()
+    assert not out[0, :4].isfinite().all()
+    assert out[0, 4:].isfinite().all()
+
+
+def test_items_cover_every_token_once_in_order() -> None:
+    seq_segments = np.array([0, 2, 3], dtype=np.int32)
+    segments = np.array([[2, 200, 0], [1, 17, 7], [1, 64, 9]], dtype=np.int32)
+    items, seq_items = split_items(seq_segments, segments, 64, capacity=8)
+    assert seq_items.tolist() == [0, 5, 6]
+    whole = [[0, 2, 0, 64], [0, 2, 2, 64], [0, 2, 4, 64], [0, 2, 6, 8], [0, 1, 7, 17], [1, 1, 9, 64]]
+    assert items.tolist() == [*whole, [EMPTY] * 4, [EMPTY] * 4]
+    assert split_items(seq_segments, segments, 64)[0].tolist() == whole
+
+
+def test_items_refuse_odd_sizes_and_full_plans() -> None:
+    seq_segments, segments = np.array([0, 1], dtype=np.int32), np.array([[2, 200, 0]], dtype=np.int32)
+    with pytest.raises(ValueError, match="multiple of 32, not 48"):
+        split_items(seq_segments, segments, 48)
+    with pytest.raises(ValueError, match="4 items of 64 tokens do not fit into a plan of 3"):
+        split_items(seq_segments, segments, 64, capacity=3)
+
+
+def test_the_size_of_items_follows_the_work() -> None:
+    assert item_tokens_for(1000, 8, 1000) == 256  # never less
+    assert item_tokens_for(256 * 8192, 8, 2048) == 8192
+
+
+@numpy_warns
+def test_attention_refuses_what_does_not_fit() -> None:
+    def launch(head_dim: int = 64, num_heads: int = 4, slot_bytes: int = 17408, **changes: Tensor) -> None:
+        q = torch.zeros(1, num_heads, head_dim, device=DEVICE)
+        scratch = [torch.zeros(shape, device=DEVICE) for shape in partial_shapes(1, num_heads, head_dim)]
+        tensors = {
+            "q": q, "slots": torch.zeros(1, slot_bytes, dtype=torch.uint8, device=DEVICE),
+            "items": torch.full((1, 4), EMPTY, dtype=torch.int32, device=DEVICE),
+            "seq_items": torch.zeros(2, dtype=torch.int32, device=DEVICE),
+            "block_table": torch.zeros(1, dtype=torch.int32, device=DEVICE), "out": q.clone(),
+            "partial_values": scratch[0], "partial_stats": scratch[1],
+        }  # fmt: skip
+        paged_decode_attention(**(tensors | changes), sm_scale=1.0, num_kv_heads=2, formats=["bfp8"])
+
+    launch()
+    with pytest.raises(ValueError, match="head_dim must be one of"):
+        launch(head_dim=96)
+    with pytest.raises(ValueError, match="1 to 8 query heads, but 5 share 2"):
+        launch(num_heads=5)
+    with pytest.raises(ValueError, match="a block of 8704 bytes does not fit into a slot of 8448"):
+        launch(slot_bytes=8448)
+    with pytest.raises(ValueError, match=r"q and out must both be .* and torch.bfloat16"):
+        launch(out=torch.zeros(1, 4, 64, dtype=torch.bfloat16, device=DEVICE))
+    with pytest.raises(ValueError, match=r"items must be contiguous int32 \[-1, 4\]"):
+        launch(items=torch.zeros(1, 3, dtype=torch.int32, device=DEVICE))
+    with pytest.raises(ValueError, match=r"partial_stats must be float32 \[1, 4, 2\]"):
+        launch(partial_stats=torch.zeros(1, 4, 3, device=DEVICE))
+    with pytest.raises(ValueError, match=r"q \[1, 4, 64\] must be contiguous, not of strides"):
+        launch(q=torch.zeros(1, 64, 4, device=DEVICE).mT)
+    with pytest.raises(ValueError, match="block_table is on meta"):
+        launch(block_table=torch.zeros(1, dtype=torch.int32, device="meta"))
