@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -175,7 +175,7 @@ def kept_by(logits: NDArray[np.float32], params: SamplingParams) -> set[int]:
     weights = [math.exp(scaled[i] - scaled[order[0]]) for i in order]
     nucleus, mass = [], 0.0
     for token_id, weight in zip(order, weights, strict=True):
-        if mass / sum(weights) < params.top_p:
+        if params.top_p == 1.0 or mass / sum(weights) < params.top_p:  # a sum of floats may reach 1.0 before the last
             nucleus.append(token_id)
         mass += weight
     return {i for i in nucleus if math.exp(scaled[i] - scaled[order[0]]) >= params.min_p}
@@ -190,10 +190,11 @@ def kept_by(logits: NDArray[np.float32], params: SamplingParams) -> set[int]:
         max_tokens=st.just(1),
         temperature=st.floats(0.1, 3.0),
         top_k=st.integers(0, 70),
-        top_p=st.floats(0.01, 1.0),
+        top_p=st.floats(0.01, 0.999) | st.just(1.0),
         min_p=st.floats(0.0, 1.0),
     ),
 )
+@example(0, 3, SamplingParams(max_tokens=1, temperature=0.25))
 def test_filters_keep_what_plain_code_keeps(seed: int, vocab: int, params: SamplingParams) -> None:
     logits = random_logits(1, vocab, seed)[0].numpy()
     floor = cutoff(logits, float(logits.max()), params)
