@@ -221,7 +221,11 @@ async def generate(plan: Plan) -> Outcomes:
 def run_plan(plan: Plan) -> Outcomes:
     """Put a plan's load on a node from a process of its own, and wait for what became of it."""
     done = subprocess.run(
-        [sys.executable, Path(__file__)], input=json.dumps(asdict(plan)).encode(), stdout=subprocess.PIPE, check=True
+        # Clients have machines of their own: here they give way to what is measured, and tell how late they were.
+        ["nice", "-n", "10", sys.executable, Path(__file__)],
+        input=json.dumps(asdict(plan)).encode(),
+        stdout=subprocess.PIPE,
+        check=True,
     )
     answer = json.loads(done.stdout)
     return Outcomes([Outcome(**request) for request in answer.pop("requests")], **answer)

@@ -154,14 +154,14 @@ def test_decode_node_dies_while_it_streams(nodes: Nodes, death: str) -> None:
 def test_all_decode_nodes_die(nodes: Nodes, death: str) -> None:
     """A request that cannot be placed again is refused soon, with the reason; so are those that come meanwhile."""
     first, second = nodes.decodes
-    with ThreadPoolExecutor(1) as clients:
-        asked = clients.submit(nodes.slow.complete, PROMPT, max_tokens=SHORT)
+    with ThreadPoolExecutor(4) as clients:
+        asked = [clients.submit(nodes.slow.complete, PROMPT, max_tokens=SHORT) for _ in range(4)]
         wait_for(nodes.busy)
         begun_s = time.monotonic()
         with dead(nodes, first, death), dead(nodes, second, death):
-            refused = asked.result()
+            refusals = [future.result() for future in asked]
             assert time.monotonic() - begun_s < 2 * NOTICED_S + SLACK_S
-            assert (refused.status, refused.json["error"]["code"]) == (503, "no_decode_node")
+            assert {(r.status, r.json["error"]["code"]) for r in refusals} == {(503, "no_decode_node")}
             nodes.slow.wait_until("/health", 503)
             assert nodes.slow.complete(PROMPT, max_tokens=SHORT).json["error"]["code"] == "no_decode_node"
 

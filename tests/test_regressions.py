@@ -2,7 +2,10 @@
 
 import asyncio
 import signal
+import socket
+import time
 from contextlib import nullcontext
+from itertools import count
 from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,14 +17,16 @@ from test_transport import LIMITS, NUM_SLOTS, PATIENCE_S, Decode, frame, linked,
 from hmad.compute.device import PrefillResult, PrefillSequence
 from hmad.edges import node
 from hmad.edges.metrics import Metrics
+from hmad.edges.notify import Notifier
 from hmad.edges.prefill_node import record
-from hmad.facts.errors import ConfigError, LocalError, RemoteProtocolError, TransferAborted
+from hmad.facts.errors import ConfigError, LocalError, NonFiniteLogitsError, RemoteProtocolError, TransferAborted
 from hmad.facts.formats import FORMATS
 from hmad.facts.requests import GenerationRequest
-from hmad.facts.sampling import SamplingParams
+from hmad.facts.sampling import SampledToken, SamplingParams
 from hmad.facts.timeline import LayerTimes, Timeline
-from hmad.roles.engines import PrefillDone, PrefillEngine, PrefillListener
+from hmad.roles.engines import PrefillDone, PrefillEngine, PrefillListener, StepOutput
 from hmad.roles.placement import Placement
+from hmad.roles.prefill import Denial
 from hmad.transport import liveness
 from hmad.transport.lease import Denied
 from hmad.wire import messages as m
@@ -84,6 +89,51 @@ async def test_decode_node_tells_the_rate_of_a_transfer() -> None:
         assert 0 < rate < 3e6  # the cap bounds it from above; a busy machine makes it slower
 
 
+async def test_one_choice_that_fails_costs_nobody_else_a_token() -> None:
+    """A token of another choice used to be sent after the ABORT of both: an exception, and no token for anybody."""
+    async with pair() as p:
+        failing, other = await p.lease(4, num_choices=2), await p.lease(4)
+        for lease in (failing, other):
+            send(lease, random_kv(4, FORMATS[lease.format]))
+        good, bad = await p.commit(failing, m.Choice(0, 1, 5), m.Choice(1, 2, 5))
+        (neighbour,) = await p.commit(other)
+        token = SampledToken(7)
+        p.decode.role.deliver_from_engine(
+            [
+                StepOutput(good, 1, token, None),
+                StepOutput(bad, 1, None, None, NonFiniteLogitsError("NaN")),
+                StepOutput(neighbour, 1, token, None),
+            ]
+        )
+        entry, _ = await asyncio.wait_for(other.next_token(), PATIENCE_S)
+        assert entry.token_id == 7
+        with pytest.raises(TransferAborted, match="NaN"):
+            await asyncio.wait_for(failing.next_token(), PATIENCE_S)
+        assert p.link.usable
+
+
+def test_words_of_a_peer_are_no_command_to_the_supervisor() -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
+        supervisor.bind("")  # any abstract name
+        supervisor.setblocking(False)
+        notifier = Notifier({"NOTIFY_SOCKET": "@" + supervisor.getsockname()[1:].decode()})
+        notifier.tell("STATUS=the decode node refuses: x\nWATCHDOG=trigger", "READY=1")
+        notifier.close()
+        assert supervisor.recv(1000).decode().split("\n") == [
+            "STATUS=the decode node refuses: x WATCHDOG=trigger",
+            "READY=1",
+        ]
+
+
+def test_denial_is_asked_about_again() -> None:
+    """At once when slots came free, and after a while in any case: a LOAD does not tell all reasons."""
+    denied = Denied(m.Deny(bytes(16), 0, m.DenyReason.FULL, "full", 1.0), free_slots=10)
+    denial = Denial(denied, time.monotonic())
+    assert denial.still_holds(10)
+    assert not denial.still_holds(11)
+    assert not Denial(denied, time.monotonic() - 2).still_holds(10)
+
+
 # --- the prefill node ---
 
 
@@ -134,7 +184,7 @@ def placement() -> Placement:
     request = GenerationRequest(
         "r", (1, 2), SamplingParams(max_tokens=3), (0,), streamed=True, received_s=0.0, place=None
     )
-    return Placement(host, request, (0,), bytes(16), 0, Timeline("r", 2, 0.0, 0.0))
+    return Placement(host, request, (0,), bytes(16), count(), Timeline("r", 2, 0.0, 0.0))
 
 
 async def test_failed_prefill_has_no_first_token() -> None:

@@ -4,6 +4,7 @@ Every record of the process takes this way, those of libraries too. Fields come 
 peer=...)``), and from the task it is made in: a request's id is bound once, in ``hmad.edges.api``.
 """
 
+import json
 import logging
 import threading
 import time
@@ -87,7 +88,7 @@ def printable(text: str) -> str:
 
 def quoted(value: object) -> str:
     text = printable(plain(value))
-    return f'"{text}"' if " " in text or not text else text
+    return json.dumps(text, ensure_ascii=False) if " " in text or '"' in text or not text else text
 
 
 @dataclass

@@ -26,10 +26,15 @@ class Notifier:
         self.watchdog_s = int(watchdog_usec) / USEC_PER_S if watchdog_usec and is_for_us else None
 
     def tell(self, *messages: str) -> None:
-        """``READY=1``, ``STATUS=words``, ... A supervisor that does not listen is its own trouble, not ours."""
+        """``READY=1``, ``STATUS=words``, ... A supervisor that does not listen is its own trouble, not ours.
+
+        A line is a command to it, and words may be a peer's: each message stays one line.
+        """
         if self._socket is not None:
             try:
-                self._socket.sendto("\n".join(messages).encode(), self._address)
+                self._socket.sendto(
+                    "\n".join(" ".join(message.splitlines()) for message in messages).encode(), self._address
+                )
             except OSError as error:
                 log.warning("the supervisor cannot be told", cause=str(error))
 

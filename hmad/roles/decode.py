@@ -256,15 +256,17 @@ class DecodeRole:
     def _deliver(self, outputs: list[StepOutput]) -> None:
         """A step's tokens to the prefill nodes they belong to, one batch per session."""
         by_session: dict[DecodeSession, list[tuple[TokenEntry, bytes]]] = defaultdict(list)
+        for output in outputs:  # first of all: a failed choice ends its transfer, and no token of it may follow
+            if output.error is not None:
+                transfer, _ = self._of_sequence[output.sequence]
+                self._fail(transfer, self._holdings[transfer], output.error)
         for output in outputs:
             transfer, choice = self._of_sequence[output.sequence]
-            holding = self._holdings[transfer]
+            session = self._holdings[transfer].session
             if output.error is not None or output.finish_reason is not None:
                 self._leave_engine(transfer, choice, output.sequence)
-            if output.error is not None:
-                self._fail(transfer, holding, output.error)
-            elif not transfer.over and holding.session.is_open:
-                by_session[holding.session].append(self._entry(transfer, choice, output))
+            if not transfer.over and session.is_open:
+                by_session[session].append(self._entry(transfer, choice, output))
         num_tokens = sum(len(entries) for entries in by_session.values())
         self.num_tokens += num_tokens
         self._counters.sent_tokens(num_tokens)

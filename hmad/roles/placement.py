@@ -9,8 +9,9 @@ import asyncio
 import secrets
 import time
 from asyncio import FIRST_COMPLETED
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import aclosing
+from itertools import count
 from typing import Any, Protocol
 
 import numpy as np
@@ -70,7 +71,9 @@ class RequestRun:
         self._unfinished = set(range(len(request.seeds)))
         self._sent = False  # the client may have seen something
         self._ended: HmadError | None = None
-        self._placement = self._next_placement(epoch=0)
+        self._epochs = count()  # one for each RESERVE: asked again, a decode node must not take it for a repetition
+        self._num_placements = 0
+        self._placement = self._next_placement()
 
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
         """Events of one placement after the other, until every choice has finished."""
@@ -103,18 +106,21 @@ class RequestRun:
     def _place_again(self, error: RemoteError) -> None:
         """Start over elsewhere, unless the client would notice or nobody else could do better: then raise."""
         self._placement.close(AbortReason.CANCELLED)
+        self._num_placements += 1
         hopeless = isinstance(error, TransferAborted) and error.reason in OURS
-        if self._ended or self._sent or hopeless or self._placement.epoch + 1 == MAX_PLACEMENTS:
+        lied = isinstance(error, RemoteProtocolError)  # in an answer: its transfer, and so this id, are still alive
+        if self._ended or self._sent or hopeless or lied or self._num_placements == MAX_PLACEMENTS:
             raise error
-        log.warning("placed again", transfer_id=self._transfer_id, epoch=self._placement.epoch + 1, error=str(error))
+        log.warning("placed again", transfer_id=self._transfer_id, number=self._num_placements, error=str(error))
         self._host.lost(error)
-        self._placement = self._next_placement(self._placement.epoch + 1)
+        self._placement = self._next_placement()
 
-    def _next_placement(self, epoch: int) -> "Placement":
+    def _next_placement(self) -> "Placement":
         num_tokens = len(self._request.prompt_token_ids)
         spans = Spans(self._host.max_spans)
         timeline = Timeline(self.request_id, num_tokens, self._request.received_s, self._arrived_s, spans=spans)
-        return Placement(self._host, self._request, tuple(sorted(self._unfinished)), self._transfer_id, epoch, timeline)
+        choices = tuple(sorted(self._unfinished))
+        return Placement(self._host, self._request, choices, self._transfer_id, self._epochs, timeline)
 
 
 class Placement:
@@ -126,11 +132,12 @@ class Placement:
         request: GenerationRequest,
         choices: tuple[int, ...],
         transfer_id: bytes,
-        epoch: int,
+        epochs: Iterator[int],
         timeline: Timeline,
     ) -> None:
         self.request = request
-        self.transfer_id, self.epoch = transfer_id, epoch
+        self.transfer_id = transfer_id
+        self._epochs = epochs
         self.timeline = timeline
         self.lease: Lease | None = None
         self.seeds = tuple(request.seeds[choice] for choice in choices)
@@ -196,7 +203,7 @@ class Placement:
         """The prompt's end; or, when the decode node ends the transfer before it, why: then nobody needs the rest."""
         ends: list[asyncio.Future[Any]] = [self._done, *([self.lease.ended] if self.lease else [])]
         await asyncio.wait(ends, return_when=FIRST_COMPLETED)
-        if self.lease is not None and not self._done.done():
+        if self.lease is not None and self.lease.ended.done() and (self._live or not self._done.done()):
             self.sequence.cancelled = True
             self.lease.ended.result()
         return self._done.result()
@@ -204,7 +211,7 @@ class Placement:
     def reserve_message(self, format_name: str) -> Reserve:
         return Reserve(
             transfer_id=self.transfer_id,
-            epoch=self.epoch,
+            epoch=next(self._epochs),
             format=format_name,
             num_prompt_tokens=len(self.request.prompt_token_ids),
             num_choices=len(self.seeds),

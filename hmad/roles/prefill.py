@@ -67,6 +67,7 @@ class PrefillRole:
         self.num_running = 0
         self.draining = False
         self._ended: HmadError | None = None
+        self._peerless_since: float | None = None
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
         self._open: set[RequestRun] = set()
@@ -180,12 +181,12 @@ class PrefillRole:
         while True:
             self._changed.clear()
             for link in rank_peers(self.links):
-                if link in denied_by and link.free_slots <= denied_by[link].free_slots:
-                    continue  # it would say the same again
+                if link in denied_by and denied_by[link].still_holds(link.free_slots):
+                    continue
                 try:
                     return await self._reserve(link, placement)
                 except Denied as denied:
-                    denied_by[link] = Denial(denied, link.free_slots)
+                    denied_by[link] = Denial(denied, time.monotonic())
                 except RemoteError:
                     continue  # the link is gone or going; it says so itself
             refuse_if_hopeless([denied_by[link].error for link in self.links if link in denied_by], len(self.links))
@@ -194,14 +195,19 @@ class PrefillRole:
     async def _wait_for_peers(self) -> None:
         """Wait for any change; but where nobody is left who could make one, not for long."""
         try:
-            async with asyncio.timeout(None if self._has_peer() else PEERLESS_S):
+            async with asyncio.timeout_at(self._peerless_until()):
                 await self._wait_for_change()
-                await self._wait_until(self._has_peer)
         except TimeoutError:
             raise self._no_capacity("no_decode_node") from None
 
-    def _has_peer(self) -> bool:
-        return any(link.usable for link in self.links)
+    def _peerless_until(self) -> float | None:
+        """When waiting for any decode node to be there ends, by the loop's clock; None while there is one."""
+        if any(link.usable for link in self.links):
+            self._peerless_since = None
+            return None
+        if self._peerless_since is None:
+            self._peerless_since = self._loop.time()
+        return self._peerless_since + PEERLESS_S
 
     async def _reserve(self, link: PeerLink, placement: Placement) -> Lease:
         message = placement.reserve_message(link.session.agreement.format)
@@ -232,6 +238,7 @@ class PrefillRole:
 
     def changed(self) -> None:
         """A peer's load, a link or the engine's backlog has changed: whoever waits looks again."""
+        self._peerless_until()
         self._changed.set()
 
     # --- computing: the engine's thread hands over, the loop takes ---
@@ -283,10 +290,13 @@ class PrefillRole:
 
 @dataclass(frozen=True)
 class Denial:
-    """A decode node's no, and how many slots it had free then: with more it may say yes."""
+    """A decode node's no. With more free slots it may say yes, or for a reason that its LOAD does not tell."""
 
     error: Denied
-    free_slots: int
+    at_s: float
+
+    def still_holds(self, free_slots: int) -> bool:
+        return free_slots <= self.error.free_slots and time.monotonic() - self.at_s < RETRY_AFTER_S
 
 
 def refuse_if_hopeless(denials: Sequence[Denied], num_peers: int) -> None:

@@ -248,7 +248,7 @@ class DecodeSession:
             agreement.digest != DIGEST_NONE,
         )
         self._strikes = DigestStrikes()
-        self._commits: dict[bytes, tuple[Commit, float]] = {}  # whose LAYERs are not all here, and since when
+        self._commits: dict[DecodeTransfer, tuple[Commit, float]] = {}  # whose LAYERs are not all here, and since when
         self._discard = memoryview(bytearray(DISCARD_BYTES))
         self._liveness = Liveness(self._beat, self._silent)
         self._load_sent: Load | None = None
@@ -341,8 +341,8 @@ class DecodeSession:
                 self._settle()
             case Commit() as message:
                 outcome = self.transfers.commit(message)
-                if outcome.verdict is not Verdict.DISCARDED:
-                    self._commits[message.transfer_id] = (message, time.monotonic())
+                if outcome.verdict is not Verdict.DISCARDED and outcome.transfer is not None:
+                    self._commits[outcome.transfer] = (message, time.monotonic())
                 self._take(outcome)
             case Cancel() as message:
                 self._cancel(message)
@@ -367,7 +367,7 @@ class DecodeSession:
         for reply in outcome.replies:
             self.send(reply)
         if outcome.verdict is Verdict.READY and outcome.transfer is not None:
-            commit, _ = self._commits.pop(outcome.transfer.transfer_id)
+            commit, _ = self._commits.pop(outcome.transfer)
             self._host.ready(self, outcome.transfer, commit)
         elif outcome.verdict is Verdict.DIGEST_MISMATCH:
             log.warning(
@@ -397,7 +397,7 @@ class DecodeSession:
     def _settle(self) -> None:
         """Give back what transfers that are over held, and tell the new load."""
         for transfer in self.transfers.take_released():
-            self._commits.pop(transfer.transfer_id, None)
+            self._commits.pop(transfer, None)
             self._host.release(transfer)
         self.tell_load()
 
@@ -416,8 +416,7 @@ class DecodeSession:
     def _stuck(self, now_s: float) -> list[DecodeTransfer]:
         """Transfers whose LAYERs had all begun to leave, yet no byte comes any more: a bulk channel is broken."""
         heard_s = max((c.connection.heard_s for c in self.connections if not self.is_control(c)), default=0.0)
-        waited = {id_ for id_, (_, since_s) in self._commits.items() if now_s - max(since_s, heard_s) > DEAD_AFTER_S}
-        return [transfer for transfer in self.transfers.live() if transfer.transfer_id in waited]
+        return [t for t, (_, since_s) in self._commits.items() if now_s - max(since_s, heard_s) > DEAD_AFTER_S]
 
     def _silent(self, silence_s: float) -> None:
         self._close(RemoteError(f"no sign of life for {silence_s:.1f} s"), at_once=True)

@@ -21,6 +21,7 @@ from hmad.wire.messages import (
     Grant,
     Landed,
     Layer,
+    Load,
     Reserve,
     TokenEntry,
 )
@@ -28,10 +29,11 @@ from hmad.wire.transfers import PrefillTransfers, State
 
 
 class Denied(RemoteError):
-    """A decode node does not take this request."""
+    """A decode node does not take this request. ``free_slots`` is how many it had when it said so."""
 
-    def __init__(self, deny: Deny) -> None:
+    def __init__(self, deny: Deny, free_slots: int) -> None:
         super().__init__(deny.message)
+        self.free_slots = free_slots
         self.reason: DenyReason = deny.reason
         self.retry_after_s = deny.retry_after_s
 
@@ -54,6 +56,7 @@ class Carrier(Protocol):
 
     transfers: PrefillTransfers
     clock: ClockOffset
+    load: Load
     peer_name: str
     num_kv_heads: int
 
@@ -168,7 +171,7 @@ class Lease:
 
     def denied_by_peer(self, deny: Deny) -> None:
         self._send_owed(self._session.transfers.denied(deny))
-        self._end(Denied(deny))
+        self._end(Denied(deny, self._session.load.free_slots))
 
     def landed(self, landed: Landed) -> None:
         """D has verified a LAYER: its page is free, and D's clock says when its last byte came."""

@@ -242,7 +242,9 @@ class PrefillSession:
         if len(prompt) > most:  # sent all the same, it would cost us the session
             num_tokens, most_tokens = len(prompt) // PROMPT_TOKEN_BYTES, most // PROMPT_TOKEN_BYTES
             why = f"the prompt has {num_tokens} tokens, decode node {self.peer_name} takes at most {most_tokens}"
-            raise Denied(Deny(message.transfer_id, message.epoch, DenyReason.NEVER_FITS, why, 0.0))
+            raise Denied(
+                Deny(message.transfer_id, message.epoch, DenyReason.NEVER_FITS, why, 0.0), self.load.free_slots
+            )
         lease = Lease(self, message, prompt, timeline)
         self._leases[message.transfer_id] = lease
         return lease
