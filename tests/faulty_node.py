@@ -11,7 +11,7 @@ from typing import Any
 
 from hmad.compute.cpu import CpuDecode, CpuPrefill
 from hmad.edges import cli
-from hmad.roles.engines import DecodeEngine
+from hmad.roles.decode_engine import DecodeEngine
 
 hanging = threading.Event()
 dying = threading.Event()
@@ -38,7 +38,7 @@ def dies_when_told(call: Callable[..., Any]) -> Callable[..., Any]:
 if __name__ == "__main__":
     signal.signal(signal.SIGUSR1, lambda *_: hanging.set())
     signal.signal(signal.SIGUSR2, lambda *_: dying.set())
-    CpuDecode.decode_step = hangs_when_told(CpuDecode.decode_step)  # type: ignore[method-assign]
+    CpuDecode.launch = hangs_when_told(CpuDecode.launch)  # type: ignore[method-assign]
     CpuPrefill.prefill = hangs_when_told(CpuPrefill.prefill)  # type: ignore[method-assign]
     DecodeEngine._compose = dies_when_told(DecodeEngine._compose)  # type: ignore[method-assign]
     sys.exit(cli.main())

@@ -15,7 +15,8 @@ from hmad.compute.arena import Arena, ArenaFull, free_runs
 from hmad.compute.batch import DecodeBatch
 from hmad.compute.cpu import CpuDecode, CpuPrefill
 from hmad.compute.device import EncodedBlocks, PrefillChunk, PrefillObserver, PrefillSequence
-from hmad.compute.model import Qwen3, load_model
+from hmad.compute.loading import load_model
+from hmad.compute.model import Qwen3
 from hmad.compute.sequence import DecodeSequence, Segment
 from hmad.compute.staging import StagingPool
 from hmad.facts.errors import ConfigError, LocalError
@@ -74,7 +75,7 @@ class Decoding:
         return first.token_id
 
     def step(self) -> SampledToken:
-        [token] = self.device.decode_step(self.batch)
+        [token] = self.device.launch(self.batch)()
         assert isinstance(token, SampledToken)
         self.batch.sequences[0].output_token_ids.append(token.token_id)
         self.batch.advance()

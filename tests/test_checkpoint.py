@@ -330,7 +330,7 @@ import sys, threading, time
 from pathlib import Path
 import torch
 from hmad.compute.linears import make_linear
-from hmad.compute.model import load_model
+from hmad.compute.loading import load_model
 
 def anonymous_bytes():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -6,7 +6,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
@@ -18,27 +18,27 @@ from checkpoints import write_checkpoint
 from daemons import Daemon, DecodeDaemon, PrefillDaemon, running, wait_for
 
 from hmad.compute.batch import DecodeBatch
-from hmad.compute.device import KVHistory, LayerClock, PrefillChunk, PrefillObserver, PrefillResult, PrefillSequence
+from hmad.compute.device import (
+    KVHistory,
+    LayerClock,
+    Outcome,
+    PrefillChunk,
+    PrefillObserver,
+    PrefillResult,
+    PrefillSequence,
+)
 from hmad.compute.sequence import DecodeSequence
 from hmad.compute.staging import StagingPool
 from hmad.edges.health import Health, keep_looking
 from hmad.edges.metrics import Metrics
 from hmad.edges.node import report_unhandled
 from hmad.edges.notify import Notifier
-from hmad.facts.errors import HmadError, LocalError
+from hmad.facts.errors import LocalError
 from hmad.facts.formats import FORMATS
 from hmad.facts.sampling import SampledToken, SamplingParams
-from hmad.roles.engines import (
-    LONGEST_PATIENCE_S,
-    SHORTEST_PATIENCE_S,
-    DecodeEngine,
-    Engine,
-    Patience,
-    PrefillDone,
-    PrefillEngine,
-    PrefillListener,
-    StepOutput,
-)
+from hmad.roles.decode_engine import DecodeEngine, StepOutput
+from hmad.roles.engine import LONGEST_PATIENCE_S, SHORTEST_PATIENCE_S, Engine, Patience
+from hmad.roles.prefill_engine import PrefillDone, PrefillEngine, PrefillListener
 
 HANG_S = 10.0  # far above what anything here takes
 
@@ -79,9 +79,11 @@ class ToldDevice:
             chunk.sequence.num_computed = chunk.end
         return PrefillResult({c.sequence: [SampledToken(7)] for c in chunks})
 
-    def decode_step(self, batch: DecodeBatch) -> list[SampledToken | HmadError]:
+    runs_ahead = False
+
+    def launch(self, batch: DecodeBatch) -> Callable[[], list[Outcome]]:
         assert self.go.wait(HANG_S)
-        return [SampledToken(1) for _ in batch.sequences]
+        return lambda: [SampledToken(1) for _ in batch.sequences]
 
 
 def prompt() -> PrefillSequence:
@@ -124,7 +126,7 @@ def test_a_hung_prefill_engine_is_noticed_and_forgiven() -> None:
 
 def test_a_hung_decode_engine_is_noticed() -> None:
     device, steps = ToldDevice(), Queue[list[StepOutput]]()
-    engine = DecodeEngine(device, 8, steps.put)
+    engine = DecodeEngine(device, 8, lambda outputs, left: steps.put(outputs))
     engine.start()
     engine.join_batch([choice(3)])
     steps.get(timeout=HANG_S)
@@ -186,7 +188,7 @@ def test_a_dead_prefill_engine_fails_what_it_has_and_what_comes(monkeypatch: pyt
 
 def test_a_dead_decode_engine_fails_what_it_has_and_what_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     steps, died = Queue[list[StepOutput]](), threading.Event()
-    engine = DecodeEngine(ToldDevice(), 1, steps.put)
+    engine = DecodeEngine(ToldDevice(), 1, lambda outputs, left: steps.put(outputs))
     engine.on_death = died.set
     running_, waiting = choice(1000), choice(1000)
     engine.join_batch([running_, waiting])

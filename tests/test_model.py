@@ -8,7 +8,8 @@ from checkpoints import write_checkpoint
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from hmad.compute.model import Qwen3, load_model
+from hmad.compute.loading import load_model
+from hmad.compute.model import Projected, Qwen3
 
 SHAPES = [
     # group 1, 4, 5, 8; head_dim 32, 64, 128; tied or not; sharded or not; both spellings of the rotary base
@@ -22,14 +23,14 @@ SHAPES = [
 ERROR_BOUNDS = {"bf16": 0.034, "int8": 0.08, "fp8": 0.27, "bfp8": 0.085}
 
 
-def causal(layer_id: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention within the batch, [T, H, D] each."""
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).squeeze(0).transpose(0, 1)
+def forward(model: Qwen3, token_ids: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Hidden states of one prompt, by torch's attention."""
 
+    def attend(layer_id: int, rows: Projected) -> Tensor:
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in model.heads(rows))
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).squeeze(0).transpose(0, 1)
 
-def forward(model: Qwen3, token_ids: Tensor) -> Tensor:
-    return model.forward(token_ids, torch.arange(len(token_ids)), causal)
+    return model.forward(token_ids, torch.arange(len(token_ids)) if positions is None else positions, attend)
 
 
 def prompt(vocab: int, length: int = 50) -> Tensor:
@@ -73,7 +74,8 @@ def test_tokens_one_by_one_equal_the_whole_prompt(tmp_path: Path) -> None:
     token_ids = prompt(320, 12)
     cache: dict[int, list[tuple[Tensor, Tensor]]] = {0: [], 1: []}
 
-    def attend_cache(layer_id: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend_cache(layer_id: int, rows: Projected) -> Tensor:
+        q, k, v = model.heads(rows)
         cache[layer_id].append((k, v))
         past_k, past_v = (torch.cat(part).transpose(0, 1)[None] for part in zip(*cache[layer_id], strict=True))
         out = scaled_dot_product_attention(q.transpose(0, 1)[None], past_k, past_v, enable_gqa=True)
@@ -88,8 +90,8 @@ def test_nan_in_one_token_stays_visible_and_alone(tmp_path: Path, precision: str
     write_checkpoint(tmp_path)
     model = load_model(tmp_path, precision)
 
-    def poison(layer_id: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        attended = q.clone()
+    def poison(layer_id: int, rows: Projected) -> Tensor:
+        attended = model.heads(rows)[0].clone()
         attended[1, 0, 0] = torch.nan
         return attended
 
@@ -101,9 +103,9 @@ def test_ids_outside_the_tables_are_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     model = load_model(tmp_path, "fp32")
     with pytest.raises(IndexError):
-        model.forward(torch.tensor([320]), torch.tensor([0]), causal)
+        forward(model, torch.tensor([320]))
     with pytest.raises(IndexError):
-        model.forward(torch.tensor([0]), torch.tensor([1024]), causal)
+        forward(model, torch.tensor([0]), torch.tensor([1024]))
 
 
 def test_dummy_is_the_same_for_a_seed_and_finite(tmp_path: Path) -> None:

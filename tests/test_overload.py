@@ -17,7 +17,8 @@ from load import Client, Plan, post, run_plan
 
 from hmad.compute.device import PrefillChunk, PrefillObserver, PrefillResult, PrefillSequence
 from hmad.facts.sampling import SampledToken, SamplingParams
-from hmad.roles.engines import ENGINE_NICE, PrefillDone, PrefillEngine, PrefillListener
+from hmad.roles.engine import ENGINE_NICE
+from hmad.roles.prefill_engine import PrefillDone, PrefillEngine, PrefillListener
 
 KEYS = ("key-a", "key-b", "key-c")
 NUM_TOKENS = 8

@@ -24,9 +24,10 @@ from hmad.facts.formats import FORMATS
 from hmad.facts.requests import GenerationRequest
 from hmad.facts.sampling import SampledToken, SamplingParams
 from hmad.facts.timeline import LayerTimes, Timeline
-from hmad.roles.engines import PrefillDone, PrefillEngine, PrefillListener, StepOutput
+from hmad.roles.decode_engine import StepOutput
 from hmad.roles.placement import Placement
 from hmad.roles.prefill import Denial
+from hmad.roles.prefill_engine import PrefillDone, PrefillEngine, PrefillListener
 from hmad.transport import liveness
 from hmad.transport.lease import Denied
 from hmad.wire import messages as m
@@ -103,7 +104,8 @@ async def test_one_choice_that_fails_costs_nobody_else_a_token() -> None:
                 StepOutput(good, 1, token, None),
                 StepOutput(bad, 1, None, None, NonFiniteLogitsError("NaN")),
                 StepOutput(neighbour, 1, token, None),
-            ]
+            ],
+            [bad],
         )
         entry, _ = await asyncio.wait_for(other.next_token(), PATIENCE_S)
         assert entry.token_id == 7

@@ -1,7 +1,7 @@
 """The decisions of the scheduler, and the two engines with devices that only keep books."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from queue import Queue
 
@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hmad.compute.batch import DecodeBatch
-from hmad.compute.device import KVHistory, PrefillChunk, PrefillObserver, PrefillResult, PrefillSequence
+from hmad.compute.device import KVHistory, Outcome, PrefillChunk, PrefillObserver, PrefillResult, PrefillSequence
 from hmad.compute.sequence import DecodeSequence
-from hmad.facts.errors import HmadError, LocalError
+from hmad.facts.errors import LocalError
 from hmad.facts.formats import FORMATS, KVGeometry, negotiate, preferred_formats
 from hmad.facts.sampling import SampledToken, SamplingParams
-from hmad.roles.engines import DecodeEngine, PrefillDone, PrefillEngine, PrefillListener, StepOutput
+from hmad.roles.decode_engine import DecodeEngine, StepOutput
+from hmad.roles.prefill_engine import PrefillDone, PrefillEngine, PrefillListener
 from hmad.roles.scheduler import CHUNK_ALIGN_TOKENS, plan_prefill, rank_peers, slots_needed
 
 PATIENCE_S = 10
@@ -158,10 +159,13 @@ class CountingDecode:
         self.gate = threading.Semaphore(0)
         self.batches: list[list[int]] = []
 
-    def decode_step(self, batch: DecodeBatch) -> list[SampledToken | HmadError]:
+    runs_ahead = False
+
+    def launch(self, batch: DecodeBatch) -> Callable[[], list[Outcome]]:
         assert self.gate.acquire(timeout=PATIENCE_S)
         self.batches.append([sequence.seed for sequence in batch.sequences])
-        return [SampledToken(sequence.output_token_ids[-1] + 1) for sequence in batch.sequences]
+        tokens: list[Outcome] = [SampledToken(sequence.output_token_ids[-1] + 1) for sequence in batch.sequences]
+        return lambda: tokens
 
 
 def choice(seed: int, max_tokens: int) -> DecodeSequence:
@@ -172,7 +176,7 @@ def choice(seed: int, max_tokens: int) -> DecodeSequence:
 
 def test_sequences_join_and_leave_between_steps() -> None:
     device, outputs = CountingDecode(), Queue[list[StepOutput]]()
-    engine = DecodeEngine(device, max_batch_size=2, deliver=outputs.put)
+    engine = DecodeEngine(device, max_batch_size=2, deliver=lambda step, left: outputs.put(step))
     first, second, third = choice(1, 3), choice(2, 100), choice(3, 100)
     engine.join_batch([first, second, third])
     engine.start()
@@ -200,11 +204,13 @@ def test_sequences_join_and_leave_between_steps() -> None:
 
 def test_a_step_that_fails_fails_its_sequences() -> None:
     class Broken:
-        def decode_step(self, batch: DecodeBatch) -> list[SampledToken | HmadError]:
+        runs_ahead = False
+
+        def launch(self, batch: DecodeBatch) -> Callable[[], list[Outcome]]:
             raise RuntimeError("out of luck")
 
     outputs = Queue[list[StepOutput]]()
-    engine = DecodeEngine(Broken(), max_batch_size=2, deliver=outputs.put)
+    engine = DecodeEngine(Broken(), max_batch_size=2, deliver=lambda step, left: outputs.put(step))
     engine.join_batch([choice(1, 3)])
     engine.start()
     (output,) = outputs.get(timeout=PATIENCE_S)

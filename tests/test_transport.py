@@ -26,7 +26,7 @@ from hmad.facts.formats import FORMATS, KVFormat, KVGeometry
 from hmad.facts.sampling import SampledToken
 from hmad.facts.timeline import LayerTimes, Timeline
 from hmad.roles.decode import DecodeCounters, DecodeRole
-from hmad.roles.engines import StepOutput
+from hmad.roles.decode_engine import StepOutput
 from hmad.transport import decode_listener, liveness, prefill_link
 from hmad.transport.bulk import BulkSender, OutgoingLayer
 from hmad.transport.clock import ClockOffset
@@ -102,7 +102,8 @@ class StubEngine:
     def _end(self, sequences: Iterable[DecodeSequence], token: SampledToken | None, reason: str) -> None:
         ended = [sequence for sequence in sequences if sequence in self.batch]
         self.batch = [sequence for sequence in self.batch if sequence not in ended]
-        self._role.deliver_from_engine([StepOutput(s, len(s.output_token_ids), token, reason) for s in ended])
+        outputs = [StepOutput(s, len(s.output_token_ids), token, reason) for s in ended]
+        self._role.deliver_from_engine(outputs, ended)
 
 
 class Decode:

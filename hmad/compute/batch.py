@@ -24,7 +24,7 @@ class DecodeBatch:
         counts = [0]
         next_index = 0
         for sequence in self.sequences:
-            # The step appends the newest token before it attends, so the tail is counted with it.
+            # A step appends the newest token before it attends, so the tail is counted with it.
             tail = (sequence.tail_format, sequence.num_tail_tokens + 1, sequence.tail_slots)
             for fmt, num_tokens, slots in [*((s.format, s.num_tokens, s.slots) for s in sequence.prefix), tail]:
                 rows.append((FORMAT_CODE[fmt.name], num_tokens, next_index))
@@ -53,6 +53,8 @@ class DecodeBatch:
         return self.block_table[first + tokens // self._tail_block_tokens], tokens % self._tail_block_tokens
 
     def advance(self) -> None:
-        """One more token stands in every tail."""
+        """A step was launched: one more token stands in every tail."""
+        for sequence in self.sequences:
+            sequence.num_tail_tokens += 1
         self.segments[self._tails, 1] += 1
         self.positions += 1

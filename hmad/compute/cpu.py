@@ -1,7 +1,7 @@
 """The CPU device: prefill in any precision (native or exactly emulated), decode over raw blocks."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -12,11 +12,13 @@ from hmad.compute.device import (
     EncodedBlocks,
     KVHistory,
     LayerClock,
+    Outcome,
     PrefillChunk,
     PrefillObserver,
     PrefillResult,
 )
-from hmad.compute.model import Qwen3
+from hmad.compute.linears import Linear, make_linear
+from hmad.compute.model import Projected, Qwen3
 from hmad.compute.sampler import SamplerInput, sample
 from hmad.compute.sequence import DecodeSequence
 from hmad.compute.staging import StagingPool
@@ -34,6 +36,26 @@ def warm_up() -> None:
     """Have every kernel compiled, or read from the cache, before the first request waits for it."""
     for kernels in (cpu_attention, cpu_pack, cpu_rows, cpu_sampling):
         kernels.warm_up()
+
+
+class CpuBackend:
+    """The CPU's linear layers and row kernels. In int8 each row leaves its kernel quantized for the linear after it."""
+
+    device = torch.device("cpu")
+    final_norm = staticmethod(cpu_rows.add_rms_norm)
+    qk_norm_rope = staticmethod(cpu_rows.qk_norm_rope)
+
+    def __init__(self, precision: str) -> None:
+        self._precision = precision
+        int8 = precision == "int8"
+        self.norm = cpu_rows.add_rms_norm_int8 if int8 else cpu_rows.add_rms_norm
+        self.silu_mul = cpu_rows.silu_mul_int8 if int8 else cpu_rows.silu_mul
+
+    def make_linear(self, *parts: torch.Tensor) -> Linear:
+        return make_linear(self._precision, *parts)
+
+    def angles(self, rope_table: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return rope_table.index_select(0, positions)
 
 
 class CpuPrefill:
@@ -55,7 +77,8 @@ class CpuPrefill:
         def before_layer(layer_id: int) -> None:
             started_s[layer_id] = time.monotonic()
 
-        def attend(layer_id: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        def attend(layer_id: int, projected: Projected) -> torch.Tensor:
+            q, k, v = self.model.heads(projected)
             observer.layer_computed(LayerClock(layer_id, started_s[layer_id], time.monotonic()))
             for chunk, rows in packed:
                 self._ship(chunk, layer_id, k[rows], v[rows], observer)
@@ -163,13 +186,20 @@ class CpuDecode:
         self._tail_format = tail_format
         self._sm_scale = config.head_dim**-0.5
 
-    def decode_step(self, batch: DecodeBatch) -> list[SampledToken | HmadError]:
+    runs_ahead = False  # the step is this thread's own work: there is nothing to hide
+
+    def launch(self, batch: DecodeBatch) -> Callable[[], list[Outcome]]:
+        outcomes = self._step(batch)
+        return lambda: outcomes
+
+    def _step(self, batch: DecodeBatch) -> list[Outcome]:
         """Feed each sequence's newest token, append its KV to the tail, attend over all segments, sample."""
         plan = self._plan(batch)
         tail_slots, tail_offsets = (torch.from_numpy(x) for x in batch.tail_places)
         errors: dict[int, HmadError] = {}
 
-        def attend(layer_id: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        def attend(layer_id: int, projected: Projected) -> torch.Tensor:
+            q, k, v = self.model.heads(projected)
             slots = self.arena.layer(layer_id)
             for row in append_kv(k, v, slots, tail_slots, tail_offsets, self._tail_format.name):
                 errors.setdefault(row, non_finite(layer_id, int(batch.positions[row])))

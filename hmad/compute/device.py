@@ -6,7 +6,7 @@ Encoded layers are emitted while the batch still computes; the caller decides wh
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from hmad.compute.batch import DecodeBatch
 from hmad.facts.errors import HmadError
 from hmad.facts.formats import KVFormat, KVGeometry
 from hmad.facts.sampling import SampledToken, SamplingParams
+
+CPU = torch.device("cpu")
 
 
 @dataclass(eq=False)
@@ -58,10 +60,10 @@ class PrefillChunk:
 class KVHistory:
     """P's own unquantized K and V of a prompt's earlier chunks, for a prompt of more than one."""
 
-    def __init__(self, geometry: KVGeometry, num_tokens: int, dtype: torch.dtype) -> None:
+    def __init__(self, geometry: KVGeometry, num_tokens: int, dtype: torch.dtype, device: torch.device = CPU) -> None:
         shape = (geometry.num_layers, num_tokens, geometry.num_kv_heads, geometry.head_dim)
-        self.k = torch.empty(shape, dtype=dtype)
-        self.v = torch.empty(shape, dtype=dtype)
+        self.k = torch.empty(shape, dtype=dtype, device=device)
+        self.v = torch.empty(shape, dtype=dtype, device=device)
 
     @property
     def num_bytes(self) -> int:
@@ -95,7 +97,7 @@ class LayerClock:
 
 @dataclass(frozen=True)
 class PrefillObserver:
-    """What a device calls from the engine thread while a batch computes."""
+    """What a device calls while a batch computes, from one thread at a time, before ``prefill`` returns."""
 
     blocks_encoded: Callable[[EncodedBlocks], None]
     layer_computed: Callable[[LayerClock], None]
@@ -118,8 +120,15 @@ class PrefillDevice(Protocol):
         """Room for the KV of a prompt that needs more than one chunk."""
 
 
+Outcome: TypeAlias = SampledToken | HmadError
+
+
 class DecodeDevice(Protocol):
     """A device in the decode role."""
 
-    def decode_step(self, batch: DecodeBatch) -> list[SampledToken | HmadError]:
-        """One token for every sequence of the batch, or the error of that sequence alone."""
+    runs_ahead: bool  # whether a step is to be launched while the one before it is still under way
+
+    def launch(self, batch: DecodeBatch) -> Callable[[], Sequence[Outcome]]:
+        """Begin one step. The returned call waits for it: one token for every sequence, or the error of that sequence
+        alone. ``batch`` is advanced as soon as this returns.
+        """

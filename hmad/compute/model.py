@@ -1,39 +1,57 @@
-"""Qwen3: one forward for both phases. What attention does with K and V is the caller's business."""
+"""Qwen3: one forward for both phases and every device. What attention does with K and V is the caller's business."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from hmad.compute.checkpoint import ModelConfig, Weights, open_weights, read_config
-from hmad.compute.linears import Activation, Linear, activation_dtype, make_linear
-from hmad_kernels import cpu_rows
-from hmad_kernels.cpu_rows import Product
+from hmad.compute.checkpoint import ModelConfig, Weights
+from hmad.compute.linears import Linear, activation_dtype
 
-# (layer_id, q [T, H, D], k [T, Hkv, D], v [T, Hkv, D]) -> [T, H, D]. The three are views of one buffer: heads are
-# contiguous, tokens are (H + 2 Hkv) * D values apart.
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+class Backend(Protocol):
+    """What a kind of device brings to the model: its linear layers, and its kernels for the rows between them.
+
+    A *product* is what a linear layer returns, an *activation* what it takes; both are the backend's own.
+    """
+
+    device: torch.device
+
+    def make_linear(self, *parts: Tensor) -> Linear:
+        """A linear layer of a weight that comes in parts [N_i, K], stacked along N."""
+
+    def norm(self, x: Tensor, delta: Any, weight: Tensor, eps: float) -> Any:
+        """Add the product ``delta`` (or None) to x [T, K] in place; the RMS norm of that, for a linear layer."""
+
+    def final_norm(self, x: Tensor, delta: Any, weight: Tensor, eps: float) -> Tensor:
+        """The same as a tensor [T, K], for the LM head."""
+
+    def silu_mul(self, gate_up: Any) -> Any:
+        """silu(gate) * up of a product [T, 2 N], for a linear layer."""
+
+    def angles(self, rope_table: Tensor, positions: Tensor) -> Any:
+        """What ``qk_norm_rope`` takes for rows at these positions."""
+
+    def qk_norm_rope(
+        self, qkv: Any, q_norm: Tensor, k_norm: Tensor, angles: Any, num_heads: int, num_kv_heads: int, eps: float
+    ) -> Tensor:
+        """The product [T, (H + 2 Hkv) * D] with q and k normed by head and rotated, as a tensor."""
 
 
 @dataclass(frozen=True)
-class RowOps:
-    """What happens to rows between linear layers; another device brings its own."""
+class Projected:
+    """Rows as attention gets them: q, k and v of one layer in one product, neither normed nor rotated yet."""
 
-    norm: Callable[[Tensor, Product | None, Tensor, float], Activation]  # feeds linears
-    final_norm: Callable[[Tensor, Product | None, Tensor, float], Tensor]  # feeds the LM head
-    silu_mul: Callable[[Product], Activation]
-    qk_norm_rope: Callable[[Product, Tensor, Tensor, Tensor, int, int, float], Tensor]
+    product: Any  # [T, (H + 2 Hkv) * D]
+    q_norm: Tensor  # [D]
+    k_norm: Tensor  # [D]
+    angles: Any
 
 
-def cpu_row_ops(precision: str) -> RowOps:
-    """In int8 each row leaves its kernel quantized, ready for the linear that follows."""
-    if precision == "int8":
-        norm, silu_mul = cpu_rows.add_rms_norm_int8, cpu_rows.silu_mul_int8
-        return RowOps(norm, cpu_rows.add_rms_norm, silu_mul, cpu_rows.qk_norm_rope)
-    return RowOps(cpu_rows.add_rms_norm, cpu_rows.add_rms_norm, cpu_rows.silu_mul, cpu_rows.qk_norm_rope)
+Attend = Callable[[int, Projected], Tensor]  # (layer_id, rows) -> [T, H, D]
 
 
 @dataclass(frozen=True)
@@ -55,33 +73,40 @@ def nothing(layer_id: int) -> None:
 
 
 class Qwen3:
-    """A dense Qwen3 on CPU, its linear layers in one precision, all else in bfloat16 (float32 for fp32)."""
+    """A dense Qwen3, its linear layers in one precision, all else in bfloat16 (float32 for fp32)."""
 
-    def __init__(self, config: ModelConfig, precision: str, weights: Weights) -> None:
+    def __init__(self, config: ModelConfig, precision: str, weights: Weights, backend: Backend) -> None:
         self.config = config
         self.precision = precision
         self.dtype = activation_dtype(precision)
-        self._rows = cpu_row_ops(precision)
-        self._embedding = weights.read("model.embed_tokens.weight").to(self.dtype)  # [vocab, hidden]
-        self._head = self._embedding if config.tied else weights.read("lm_head.weight").to(self.dtype)
-        self._final_norm = weights.read("model.norm.weight").to(self.dtype)
-        self._layers = [self._load_layer(weights, i) for i in range(config.num_layers)]
-        self._rope = rope_table(config, self.dtype)  # [max positions, D]
+        self._backend = backend
+        self._weights = weights
+        self._embedding = self._read("model.embed_tokens.weight")  # [vocab, hidden]
+        self._head = self._embedding if config.tied else self._read("lm_head.weight")
+        self._final_norm = self._read("model.norm.weight")
+        self._layers = [self._load_layer(i) for i in range(config.num_layers)]
+        self._rope = rope_table(config, self.dtype).to(backend.device)  # [max positions, D]
+        del self._weights
 
-    def _load_layer(self, weights: Weights, layer_id: int) -> Layer:
+    def _read(self, name: str) -> Tensor:
+        return self._weights.read(name).to(self._backend.device, self.dtype)
+
+    def _load_layer(self, layer_id: int) -> Layer:
+        prefix = f"model.layers.{layer_id}"
+
         def read(name: str) -> Tensor:
-            return weights.read(f"model.layers.{layer_id}.{name}.weight")
+            return self._read(f"{prefix}.{name}.weight")
 
         def make(*names: str) -> Linear:
-            return make_linear(self.precision, *(read(name) for name in names))
+            return self._backend.make_linear(*(self._weights.read(f"{prefix}.{name}.weight") for name in names))
 
         return Layer(
-            input_norm=read("input_layernorm").to(self.dtype),
+            input_norm=read("input_layernorm"),
             qkv=make("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            q_norm=read("self_attn.q_norm").to(self.dtype),
-            k_norm=read("self_attn.k_norm").to(self.dtype),
+            q_norm=read("self_attn.q_norm"),
+            k_norm=read("self_attn.k_norm"),
             o=make("self_attn.o_proj"),
-            post_norm=read("post_attention_layernorm").to(self.dtype),
+            post_norm=read("post_attention_layernorm"),
             gate_up=make("mlp.gate_proj", "mlp.up_proj"),
             down=make("mlp.down_proj"),
         )
@@ -102,29 +127,32 @@ class Qwen3:
         ``before_layer`` hears of each layer when its compute begins.
         """
         residual = self._embedding.index_select(0, token_ids)  # [T, hidden]
-        cos_sin = self._rope.index_select(0, positions)  # [T, D]
-        delta: Product | None = None  # what the layer before adds to the residual
+        angles = self._backend.angles(self._rope, positions)
+        eps = self.config.rms_norm_eps
+        delta: Any = None  # the product that the layer before adds to the residual
         for layer_id, layer in enumerate(self._layers):
             before_layer(layer_id)
-            q, k, v = self._project(layer, residual, delta, cos_sin)
-            attended = attend(layer_id, q, k, v).reshape(len(residual), -1)  # [T, H * D]
-            delta = self._mlp(layer, residual, layer.o(attended))
-        return self._rows.final_norm(residual, delta, self._final_norm, self.config.rms_norm_eps)
+            product = layer.qkv(self._backend.norm(residual, delta, layer.input_norm, eps))
+            attended = attend(layer_id, Projected(product, layer.q_norm, layer.k_norm, angles))
+            delta = self._mlp(layer, residual, layer.o(attended.reshape(len(residual), -1)))
+        return self._backend.final_norm(residual, delta, self._final_norm, eps)
 
-    def _project(
-        self, layer: Layer, residual: Tensor, delta: Product | None, cos_sin: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, rows: Projected) -> tuple[Tensor, Tensor, Tensor]:
+        """q [T, H, D], k and v [T, Hkv, D], normed and rotated: views of one buffer, whose tokens are
+        (H + 2 Hkv) * D values apart and whose heads are contiguous.
+        """
         config = self.config
-        num_heads, num_kv_heads, eps = config.num_heads, config.num_kv_heads, config.rms_norm_eps
-        product = layer.qkv(self._rows.norm(residual, delta, layer.input_norm, eps))
-        qkv = self._rows.qk_norm_rope(product, layer.q_norm, layer.k_norm, cos_sin, num_heads, num_kv_heads, eps)
+        num_heads, num_kv_heads = config.num_heads, config.num_kv_heads
+        qkv = self._backend.qk_norm_rope(
+            rows.product, rows.q_norm, rows.k_norm, rows.angles, num_heads, num_kv_heads, config.rms_norm_eps
+        )
         heads = qkv.view(len(qkv), -1, config.head_dim)  # [T, H + 2 Hkv, D]
         num_rotated = num_heads + num_kv_heads
         return heads[:, :num_heads], heads[:, num_heads:num_rotated], heads[:, num_rotated:]
 
-    def _mlp(self, layer: Layer, residual: Tensor, attention_out: Product) -> Product:
-        normed = self._rows.norm(residual, attention_out, layer.post_norm, self.config.rms_norm_eps)
-        return layer.down(self._rows.silu_mul(layer.gate_up(normed)))
+    def _mlp(self, layer: Layer, residual: Tensor, attention_out: Any) -> Any:
+        normed = self._backend.norm(residual, attention_out, layer.post_norm, self.config.rms_norm_eps)
+        return layer.down(self._backend.silu_mul(layer.gate_up(normed)))
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -140,9 +168,3 @@ def rope_table(config: ModelConfig, dtype: torch.dtype) -> Tensor:
     table[:, : config.head_dim // 2] = angles.cos()
     table[:, config.head_dim // 2 :] = angles.sin_()
     return table
-
-
-def load_model(model_dir: Path, precision: str, load_format: str = "safetensors", seed: int = 0) -> Qwen3:
-    """The model of a directory; ``load_format`` is safetensors or dummy (random weights of ``seed``)."""
-    config = read_config(model_dir)
-    return Qwen3(config, precision, open_weights(model_dir, config, load_format, seed))

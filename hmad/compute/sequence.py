@@ -21,7 +21,8 @@ class Segment:
 class DecodeSequence:
     """One choice that decodes: a prefix of segments as they landed, then the tail that decode itself writes.
 
-    The tail holds the KV of every output token but the newest, whose KV the next step computes.
+    The tail holds the KV of every token that a step was launched for: a step computes the KV of the newest token and
+    draws the next. While a step is under way, its token is not yet among the outputs.
     """
 
     prompt_token_ids: np.ndarray
@@ -31,14 +32,16 @@ class DecodeSequence:
     tail_format: KVFormat
     tail_slots: np.ndarray
     output_token_ids: list[int] = field(default_factory=list)  # the first is the prefill node's
+    num_tail_tokens: int = 0
 
     @property
     def num_prefix_tokens(self) -> int:
         return sum(segment.num_tokens for segment in self.prefix)
 
     @property
-    def num_tail_tokens(self) -> int:
-        return len(self.output_token_ids) - 1
+    def num_steps_left(self) -> int:
+        """Steps until the longest answer."""
+        return tail_tokens(self.params) - self.num_tail_tokens
 
     @property
     def context_len(self) -> int:

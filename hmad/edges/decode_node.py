@@ -14,7 +14,8 @@ from hmad.facts.formats import FORMATS
 from hmad.facts.keys import load_api_keys
 from hmad.facts.logs import get_logger
 from hmad.roles.decode import DecodeCounters, DecodeRole
-from hmad.roles.engines import DecodeEngine, Engine
+from hmad.roles.decode_engine import DecodeEngine
+from hmad.roles.engine import Engine
 from hmad.transport.decode_listener import DecodeListener, ListenerSettings
 
 log = get_logger(__name__)

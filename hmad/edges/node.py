@@ -22,7 +22,7 @@ from hmad.edges.rest_guard import GuardedSite
 from hmad.facts.config import Config
 from hmad.facts.errors import ConfigError, ModelError
 from hmad.facts.logs import get_logger
-from hmad.roles.engines import Engine
+from hmad.roles.engine import Engine
 
 log = get_logger(__name__)
 

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 from hmad import __version__
 from hmad.compute.checkpoint import ModelConfig, fingerprint, read_config
 from hmad.compute.cpu import EMULATED_PRECISIONS, warm_up
-from hmad.compute.model import Qwen3, load_model
+from hmad.compute.loading import load_model
+from hmad.compute.model import Qwen3
 from hmad.facts.config import Config
 from hmad.facts.errors import ConfigError
 from hmad.facts.formats import FORMATS, KVGeometry, preferred_formats

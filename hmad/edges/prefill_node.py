@@ -21,8 +21,9 @@ from hmad.facts.formats import FORMATS, KVGeometry
 from hmad.facts.keys import load_api_keys
 from hmad.facts.logs import get_logger
 from hmad.facts.timeline import Spans, Timeline
-from hmad.roles.engines import Engine, PrefillEngine, PrefillListener
+from hmad.roles.engine import Engine
 from hmad.roles.prefill import PrefillCounters, PrefillRole, PrefillSettings
+from hmad.roles.prefill_engine import PrefillEngine, PrefillListener
 from hmad.transport.prefill_link import LinkSettings, PeerLink
 from hmad.transport.rate import Pacer
 

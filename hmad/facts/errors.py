@@ -40,6 +40,10 @@ class NonFiniteLogitsError(LocalError):
     """The logits of one sequence hold a NaN or +infinity, or nothing but -infinity: no token can be drawn from them."""
 
 
+class DeviceFault(LocalError):
+    """A device has failed for good, such as by an illegal access: whatever it holds is lost, and the node must go."""
+
+
 class RemoteError(HmadError):
     """A peer failed or is gone."""
 

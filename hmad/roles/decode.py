@@ -14,7 +14,7 @@ from hmad.facts.errors import HmadError, NonFiniteKVError, NonFiniteLogitsError,
 from hmad.facts.formats import FORMATS, KVFormat
 from hmad.facts.logs import get_logger
 from hmad.facts.sampling import SamplingParams
-from hmad.roles.engines import DecodeEngine, StepOutput
+from hmad.roles.decode_engine import DecodeEngine, StepOutput
 from hmad.roles.scheduler import slots_needed, slots_per_choice
 from hmad.transport.decode_listener import DecodeSession
 from hmad.wire.extras import pack_extras
@@ -94,9 +94,9 @@ class DecodeRole:
         self._empty = asyncio.Event()  # nothing is held
         self._empty.set()
 
-    def deliver_from_engine(self, outputs: list[StepOutput]) -> None:
-        """The engine's thread hands a step's outputs to the loop."""
-        self._loop.call_soon_threadsafe(self._deliver, outputs)
+    def deliver_from_engine(self, outputs: list[StepOutput], left: list[DecodeSequence]) -> None:
+        """The engine's thread hands over what a step brought, and which sequences it is through with."""
+        self._loop.call_soon_threadsafe(self._deliver, outputs, left)
 
     def slots_by_state(self) -> dict[str, int]:
         """Slots into which KV lands, slots that decode reads, and free ones."""
@@ -253,7 +253,7 @@ class DecodeRole:
             output_token_ids=[choice.first_token],
         )
 
-    def _deliver(self, outputs: list[StepOutput]) -> None:
+    def _deliver(self, outputs: list[StepOutput], left: list[DecodeSequence]) -> None:
         """A step's tokens to the prefill nodes they belong to, one batch per session."""
         by_session: dict[DecodeSession, list[tuple[TokenEntry, bytes]]] = defaultdict(list)
         for output in outputs:  # first of all: a failed choice ends its transfer, and no token of it may follow
@@ -263,13 +263,13 @@ class DecodeRole:
         for output in outputs:
             transfer, choice = self._of_sequence[output.sequence]
             session = self._holdings[transfer].session
-            if output.error is not None or output.finish_reason is not None:
-                self._leave_engine(transfer, choice, output.sequence)
             if not transfer.over and session.is_open:
                 by_session[session].append(self._entry(transfer, choice, output))
         num_tokens = sum(len(entries) for entries in by_session.values())
         self.num_tokens += num_tokens
         self._counters.sent_tokens(num_tokens)
+        for sequence in left:
+            self._leave_engine(sequence)
         for session, entries in by_session.items():
             session.send_tokens(entries)
 
@@ -296,8 +296,9 @@ class DecodeRole:
         non_finite = isinstance(error, NonFiniteKVError | NonFiniteLogitsError)
         holding.session.abort(transfer, AbortReason.NON_FINITE if non_finite else AbortReason.INTERNAL, str(error))
 
-    def _leave_engine(self, transfer: DecodeTransfer, choice: int, sequence: DecodeSequence) -> None:
-        del self._of_sequence[sequence]
+    def _leave_engine(self, sequence: DecodeSequence) -> None:
+        """No step reads or writes its slots any more."""
+        transfer, choice = self._of_sequence.pop(sequence)
         del self._holdings[transfer].running[choice]
         self._free_if_unused(transfer)
 

@@ -24,7 +24,7 @@ from hmad.facts.logs import get_logger
 from hmad.facts.requests import GenerationRequest, TokenEvent
 from hmad.facts.sampling import SampledToken
 from hmad.facts.timeline import LayerTimes, Spans, Timeline
-from hmad.roles.engines import PrefillDone
+from hmad.roles.prefill_engine import PrefillDone
 from hmad.transport.lease import Lease, StagedBlocks
 from hmad.wire.extras import unpack_extras
 from hmad.wire.messages import AbortReason, Choice, FinishReason, Reserve, TokenEntry

@@ -14,8 +14,8 @@ from hmad.facts.errors import HmadError, RemoteError, RequestError
 from hmad.facts.formats import KVGeometry
 from hmad.facts.requests import GenerationRequest
 from hmad.facts.timeline import MAX_SPANS, Timeline
-from hmad.roles.engines import PrefillDone, PrefillEngine
 from hmad.roles.placement import Placement, RequestRun
+from hmad.roles.prefill_engine import PrefillDone, PrefillEngine
 from hmad.roles.queue import RETRY_AFTER_S, FairQueue, Place
 from hmad.roles.scheduler import rank_peers
 from hmad.transport.lease import Denied, Lease, StagedBlocks

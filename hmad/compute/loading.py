@@ -1,0 +1,27 @@
+"""From a directory to a model on a device."""
+
+from pathlib import Path
+
+import torch
+
+from hmad.compute.checkpoint import open_weights, read_config
+from hmad.compute.cpu import CpuBackend
+from hmad.compute.model import Backend, Qwen3
+
+
+def make_backend(precision: str, device: torch.device) -> Backend:
+    """What a device brings to the model. Raises ConfigError where it cannot compute in this precision."""
+    if device.type == "cpu":
+        return CpuBackend(precision)
+    from hmad.compute.cuda_backend import CudaBackend  # Triton is slow to import, and not everywhere
+
+    return CudaBackend(precision, device)
+
+
+def load_model(
+    model_dir: Path, precision: str, load_format: str = "safetensors", seed: int = 0, device: str = "cpu"
+) -> Qwen3:
+    """The model of a directory; ``load_format`` is safetensors or dummy (random weights of ``seed``)."""
+    config = read_config(model_dir)
+    backend = make_backend(precision, torch.device(device))
+    return Qwen3(config, precision, open_weights(model_dir, config, load_format, seed), backend)

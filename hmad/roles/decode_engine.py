@@ -1,0 +1,162 @@
+"""The decode engine: continuous batching, one step after the other."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from hmad.compute.batch import DecodeBatch
+from hmad.compute.device import DecodeDevice, Outcome
+from hmad.compute.sampler import finish_reason
+from hmad.compute.sequence import DecodeSequence
+from hmad.facts.errors import HmadError, LocalError
+from hmad.facts.logs import get_logger
+from hmad.facts.sampling import SampledToken
+from hmad.roles.engine import Engine, as_local
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a step, or a drop, means for one sequence: a new token, its end, or both."""
+
+    sequence: DecodeSequence
+    index: int  # of the token in its choice; of the one that will not come, where there is none
+    token: SampledToken | None
+    finish_reason: str | None
+    error: HmadError | None = None
+
+    @property
+    def ends(self) -> bool:
+        return self.finish_reason is not None or self.error is not None
+
+
+# What became of sequences, and which of those that ended no step touches any more: their slots may go.
+Deliver = Callable[[list[StepOutput], list[DecodeSequence]], None]
+
+
+@dataclass(frozen=True)
+class LaunchedStep:
+    """A step on its way. ``outcomes`` waits for it."""
+
+    sequences: Sequence[DecodeSequence]
+    outcomes: Callable[[], Sequence[Outcome]]
+
+
+class DecodeEngine(Engine):
+    """Sequences join and leave between steps.
+
+    A device that runs ahead gets the next step while it computes this one, so that what the host does is hidden. Which
+    token a sequence has drawn is then known one step late, and one that turns out to have ended is in one step more,
+    whose outcome for it nobody reads.
+    """
+
+    def __init__(self, device: DecodeDevice, max_batch_size: int, deliver: Deliver) -> None:
+        super().__init__("decode")
+        self._device = device
+        self.max_batch_size = max_batch_size
+        self._deliver = deliver
+        self._waiting: deque[DecodeSequence] = deque()
+        self._dropping: set[DecodeSequence] = set()
+        self._batch = DecodeBatch([])
+        self._in_flight: LaunchedStep | None = None
+        self._ended: dict[DecodeSequence, None] = {}  # in the step in flight all the same; in order
+
+    def join_batch(self, sequences: Iterable[DecodeSequence]) -> None:
+        """Let the sequences decode from the next step on, or as soon as the batch has room."""
+        with self._wake:
+            self._waiting.extend(sequences)
+            self._wake.notify()
+        if self.failure is not None:
+            self._abandon(self.failure)
+
+    def drop(self, sequences: Iterable[DecodeSequence]) -> None:
+        """End sequences early; each is reported as ``cancelled`` unless it has ended by itself."""
+        with self._wake:
+            self._dropping.update(sequences)
+            self._wake.notify()
+
+    @property
+    def num_running(self) -> int:
+        return len(self._batch)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def _has_work(self) -> bool:
+        return bool(self._waiting or self._dropping or self._batch.sequences or self._in_flight)
+
+    def _work(self) -> None:
+        """Compose and launch the next step; then take what the device has done."""
+        self._report(self._compose())
+        launched = self._launch() if self._batch.sequences else None
+        done, self._in_flight = (self._in_flight, launched) if self._device.runs_ahead else (launched, None)
+        if done:
+            self._report(self._collect(done))
+
+    def _compose(self) -> list[StepOutput]:
+        """Take what joined and what is to be dropped; rebuild the batch only when its members change."""
+        with self._wake:
+            dropping, self._dropping = self._dropping, set()
+            present = [*self._batch.sequences, *self._waiting]
+            self._waiting = deque(s for s in self._waiting if s not in dropping)
+            members = [s for s in self._batch.sequences if s not in dropping and s.num_steps_left]
+            while self._waiting and len(members) < self.max_batch_size:
+                members.append(self._waiting.popleft())
+        if members != self._batch.sequences:
+            self._batch = DecodeBatch(members)
+        return [StepOutput(s, len(s.output_token_ids), None, "cancelled") for s in present if s in dropping]
+
+    def _launch(self) -> LaunchedStep:
+        self._begin(len(self._batch))
+        try:
+            outcomes = self._device.launch(self._batch)
+        except Exception as error:
+            outcomes = self._failure(error, len(self._batch))
+        launched = LaunchedStep(self._batch.sequences, outcomes)
+        self._batch.advance()
+        return launched
+
+    def _collect(self, step: LaunchedStep) -> list[StepOutput]:
+        """One token each, but for those that had ended when the step was launched."""
+        try:
+            outcomes = step.outcomes()
+        except Exception as error:
+            outcomes = self._failure(error, len(step.sequences))()
+        finally:
+            self._progress()
+        return [self._output(s, o) for s, o in zip(step.sequences, outcomes, strict=True) if s not in self._ended]
+
+    def _failure(self, error: Exception, num_sequences: int) -> Callable[[], Sequence[Outcome]]:
+        local = as_local(error, "decode")
+        log.error("a decode step failed", num_sequences=num_sequences, exc_info=error)
+        return lambda: [local] * num_sequences
+
+    def _output(self, sequence: DecodeSequence, outcome: Outcome) -> StepOutput:
+        index = len(sequence.output_token_ids)
+        if isinstance(outcome, HmadError):
+            return StepOutput(sequence, index, None, None, outcome)
+        sequence.output_token_ids.append(outcome.token_id)
+        return StepOutput(sequence, index, outcome, finish_reason(outcome.token_id, index, sequence.params))
+
+    def _report(self, outputs: list[StepOutput]) -> None:
+        """Tell what became of sequences, and let go of those that ended and are in no step any more."""
+        self._ended |= dict.fromkeys(output.sequence for output in outputs if output.ends)
+        in_flight = set(self._in_flight.sequences) if self._in_flight else set()
+        left = [sequence for sequence in self._ended if sequence not in in_flight]
+        if any(sequence in self._ended for sequence in self._batch.sequences):
+            self._batch = DecodeBatch([s for s in self._batch.sequences if s not in self._ended])
+        for sequence in left:
+            del self._ended[sequence]
+        if outputs or left:
+            self._deliver(outputs, left)
+
+    def _abandon(self, error: LocalError) -> None:
+        with self._wake:
+            in_flight = self._in_flight.sequences if self._in_flight else []
+            there = dict.fromkeys([*in_flight, *self._batch.sequences, *self._waiting, *self._ended])
+            self._batch, self._waiting, self._in_flight = DecodeBatch([]), deque(), None
+            failed = [s for s in there if s not in self._ended]
+            self._ended.clear()
+        self._deliver([StepOutput(s, len(s.output_token_ids), None, None, error) for s in failed], list(there))
