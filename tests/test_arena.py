@@ -15,6 +15,7 @@ from hmad.compute.arena import Arena, ArenaFull, free_runs
 from hmad.compute.batch import DecodeBatch
 from hmad.compute.cpu import CpuDecode, CpuPrefill
 from hmad.compute.device import EncodedBlocks, PrefillChunk, PrefillObserver, PrefillSequence
+from hmad.compute.landing import HostLane
 from hmad.compute.loading import load_model
 from hmad.compute.model import Qwen3
 from hmad.compute.sequence import DecodeSequence, Segment
@@ -64,7 +65,7 @@ class Decoding:
 
         def land(blocks: EncodedBlocks) -> None:
             slots = self.slots[blocks.first_block : blocks.first_block + blocks.num_blocks]
-            views = self.arena.landing(blocks.layer_id, slots, fmt, 0, GEOMETRY.num_kv_heads)
+            views = HostLane(self.arena).place(blocks.layer_id, slots, fmt, 0, GEOMETRY.num_kv_heads)
             copy_into(views, blocks.payload)
             staging.release(blocks.page)
 
@@ -248,7 +249,8 @@ def test_landing_is_exactly_the_blocks_heads(
     start, size = 2 * panel_bytes * first_head, 2 * panel_bytes * num_heads
     payload = np.random.default_rng(0).integers(1, 256, (len(slots), size), dtype=np.uint8)
     copy_into(
-        arena.landing(layer_id, np.array(slots, np.int32), FORMATS[name], first_head, num_heads), payload.reshape(-1)
+        HostLane(arena).place(layer_id, np.array(slots, np.int32), FORMATS[name], first_head, num_heads),
+        payload.reshape(-1),
     )
     expected = np.zeros((2, 9, geometry.slot_bytes), np.uint8)
     expected[layer_id, slots, start : start + size] = payload
@@ -260,5 +262,5 @@ def test_landing_joins_what_touches() -> None:
     geometry = KVGeometry(1, 2, 128)  # bfp8 fills its slot
     arena = Arena(geometry, 8 * geometry.slot_bytes)
     slots = np.array([2, 3, 4, 6], np.int32)
-    sizes = [len(view) for view in arena.landing(0, slots, FORMATS["bfp8"], 0, 2)]
+    sizes = [len(view) for view in HostLane(arena).place(0, slots, FORMATS["bfp8"], 0, 2)]
     assert sizes == [3 * geometry.slot_bytes, geometry.slot_bytes]

@@ -19,6 +19,7 @@ import pytest
 import xxhash
 
 from hmad.compute.arena import Arena
+from hmad.compute.landing import HostLanding
 from hmad.compute.sequence import DecodeSequence
 from hmad.compute.staging import StagingPool
 from hmad.facts.errors import RemoteError, TransferAborted
@@ -116,6 +117,7 @@ class Decode:
         self.arena = arena
         self.role = DecodeRole(
             arena,
+            HostLanding(arena),
             FORMATS["bf16"],
             4096,
             1000,

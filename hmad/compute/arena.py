@@ -1,16 +1,16 @@
-"""The decode node's memory: one flat uint8 allocation, indexed [layer][slot][slot_bytes].
+"""The decode node's memory: one flat uint8 allocation on its device, indexed [layer][slot][slot_bytes].
 
 One slot id spans all layers. Slots are reference-counted, so that the choices of one request share its raw prefix.
 The allocator stores only the reference counts and derives the rest from them.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 
 from hmad.facts.errors import ConfigError, LocalError
-from hmad.facts.formats import KVFormat, KVGeometry
+from hmad.facts.formats import KVGeometry
 
 
 class ArenaFull(LocalError):
@@ -34,7 +34,7 @@ def pick_slots(free_slots: np.ndarray, num_slots: int) -> np.ndarray:
 class Arena:
     """Slots for KV blocks of any format. Not thread-safe: reserve, retain and release belong to one thread."""
 
-    def __init__(self, geometry: KVGeometry, arena_bytes: int) -> None:
+    def __init__(self, geometry: KVGeometry, arena_bytes: int, device: str | torch.device = "cpu") -> None:
         self.geometry = geometry
         self.num_slots = arena_bytes // (geometry.num_layers * geometry.slot_bytes)
         if self.num_slots < 1:
@@ -42,8 +42,8 @@ class Arena:
                 f"arena-bytes = {arena_bytes} is less than one slot of this model "
                 f"({geometry.num_layers} layers x {geometry.slot_bytes} bytes): give the arena more memory"
             )
-        self.bytes = torch.empty((geometry.num_layers, self.num_slots, geometry.slot_bytes), dtype=torch.uint8)
-        self._bytes_view = self.bytes.numpy().data.cast("B")
+        shape = (geometry.num_layers, self.num_slots, geometry.slot_bytes)
+        self.bytes = torch.empty(shape, dtype=torch.uint8, device=device)
         self._references = np.zeros(self.num_slots, dtype=np.int32)
 
     @property
@@ -81,17 +81,6 @@ class Arena:
         """uint8 [num_slots, slot_bytes] of one layer."""
         return self.bytes[layer_id]
 
-    def landing(
-        self, layer_id: int, slots: np.ndarray, fmt: KVFormat, first_head: int, num_heads: int
-    ) -> list[memoryview]:
-        """Where the bytes of these blocks and heads go, in wire order: one view per contiguous run of memory."""
-        geometry = self.geometry
-        stride = geometry.slot_bytes
-        offset, size = geometry.block_bytes(fmt, first_head), geometry.block_bytes(fmt, num_heads)
-        base = layer_id * self.num_slots * stride + offset
-        starts = [base + slot * stride for slot in slots.tolist()]
-        return [self._bytes_view[start:end] for start, end in merge_runs(starts, size)]
-
     def check_integrity(self, owners: Iterable[np.ndarray]) -> None:
         """Raise LocalError unless the reference counts are exactly those of the given owners' slots."""
         expected = np.zeros_like(self._references)
@@ -102,14 +91,3 @@ class Arena:
             raise LocalError(
                 f"arena: {len(wrong)} slots have another reference count than their owners, e.g. {wrong[:8]}"
             )
-
-
-def merge_runs(starts: Sequence[int], size: int) -> list[tuple[int, int]]:
-    """Join [start, start + size) ranges that touch, keeping their order."""
-    merged: list[tuple[int, int]] = []
-    for start in starts:
-        if merged and merged[-1][1] == start:
-            merged[-1] = (merged[-1][0], start + size)
-        else:
-            merged.append((start, start + size))
-    return merged

@@ -5,6 +5,7 @@ from typing import Any
 
 from hmad.compute.arena import Arena
 from hmad.compute.cpu import CpuDecode
+from hmad.compute.landing import HostLanding
 from hmad.edges.api import RoleServices
 from hmad.edges.health import Health
 from hmad.edges.metrics import Metrics
@@ -54,6 +55,7 @@ class DecodeNode:
         metrics = Metrics("decode")
         role = DecodeRole(
             arena,
+            HostLanding(arena),
             tail_format,
             model.max_model_len,
             model.config.vocab_size,

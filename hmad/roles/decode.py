@@ -5,10 +5,12 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from hmad.compute.arena import Arena
+from hmad.compute.landing import Landing, Lane
 from hmad.compute.sequence import DecodeSequence, Segment, tail_tokens
 from hmad.facts.errors import HmadError, NonFiniteKVError, NonFiniteLogitsError, RemoteProtocolError
 from hmad.facts.formats import FORMATS, KVFormat
@@ -74,12 +76,14 @@ class DecodeRole:
     def __init__(
         self,
         arena: Arena,
+        landing: Landing,
         tail_format: KVFormat,
         max_model_len: int,
         vocab_size: int,
         counters: DecodeCounters,
     ) -> None:
         self.arena = arena
+        self._landing = landing
         self._vocab_size = vocab_size
         self._counters = counters
         self._tail_format = tail_format
@@ -154,21 +158,29 @@ class DecodeRole:
             self._hold(session, transfer, message, prompt_token_ids, params)
             session.grant(transfer)
 
-    def landing(self, transfer: DecodeTransfer, layer: Layer) -> Sequence[memoryview]:
-        """The arena's own memory for these blocks and heads."""
+    def open_lane(self, when_free: Callable[[], object]) -> Lane:
+        return self._landing.open_lane(when_free)
+
+    def place(self, transfer: DecodeTransfer, layer: Layer, lane: Lane) -> Sequence[memoryview]:
+        """Where these blocks and heads are to be received."""
         holding = self._holdings[transfer]
         slots = holding.raw_slots[layer.first_block : layer.first_block + layer.num_blocks]
         size = len(slots) * self.arena.geometry.block_bytes(holding.format, layer.num_heads)
         holding.num_bytes += size
         holding.landing_since_s = holding.landing_since_s or time.monotonic()
         self._counters.received(holding.session.agreement.peer_node_id, size)
-        return self.arena.landing(layer.layer, slots, holding.format, layer.first_head, layer.num_heads)
+        return lane.place(layer.layer, slots, holding.format, layer.first_head, layer.num_heads)
 
     def ready(self, session: DecodeSession, transfer: DecodeTransfer, commit: Commit) -> None:
-        """Every layer is in its slots and verified: the choices join the running batch."""
-        holding = self._holdings[transfer]
+        """Every layer is here and verified: the choices join the running batch as soon as all of it is in its slots."""
         if any(choice.first_token >= self._vocab_size for choice in commit.choices):
             raise RemoteProtocolError(f"COMMIT has a first token outside the vocabulary of {self._vocab_size}")
+        self._landing.when_stored(partial(self._loop.call_soon_threadsafe, self._join, session, transfer, commit))
+
+    def _join(self, session: DecodeSession, transfer: DecodeTransfer, commit: Commit) -> None:
+        holding = self._holdings.get(transfer)
+        if holding is None or transfer.over:  # cancelled, or its session lost, meanwhile
+            return
         holding.running = {choice.index: self._sequence(holding, choice) for choice in commit.choices}
         for choice, sequence in holding.running.items():
             self._of_sequence[sequence] = (transfer, choice)

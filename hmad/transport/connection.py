@@ -90,6 +90,15 @@ class FrameConnection(asyncio.BufferedProtocol):
         if self._transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             self.close(RemoteProtocolError(f"{self.peer_name} does not read: {MAX_UNSENT_BYTES} bytes wait for it"))
 
+    def pause(self) -> None:
+        """Read nothing until ``resume``: the next frame has no room yet. The peer notices by its sends not leaving."""
+        if self.is_open and self._transport is not None:
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        if self.is_open and self._transport is not None:
+            self._transport.resume_reading()
+
     def close(self, error: Exception | None = None) -> None:
         """Send what is queued, then close; the handler learns ``error`` as the reason."""
         self._error = self._error or error

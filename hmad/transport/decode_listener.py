@@ -2,11 +2,12 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from hmad.facts.errors import ConfigError, RemoteError, RemoteProtocolError
+from hmad.compute.landing import Lane
+from hmad.facts.errors import ConfigError, LocalError, RemoteError, RemoteProtocolError
 from hmad.facts.formats import KVGeometry
 from hmad.facts.logs import get_logger
 from hmad.transport.connection import FrameConnection
@@ -50,8 +51,11 @@ class DecodeHost(Protocol):
     def reserve(self, session: "DecodeSession", transfer: DecodeTransfer, message: Reserve, prompt: memoryview) -> None:
         """Answer with ``session.grant`` or ``session.deny``."""
 
-    def landing(self, transfer: DecodeTransfer, layer: Layer) -> Sequence[memoryview]:
-        """Where the bytes of these blocks go: the arena's own memory."""
+    def open_lane(self, when_free: Callable[[], object]) -> Lane:
+        """Where one more bulk connection's LAYERs land. Raises LocalError when there is no memory for it."""
+
+    def place(self, transfer: DecodeTransfer, layer: Layer, lane: Lane) -> Sequence[memoryview]:
+        """Where the bytes of these blocks go."""
 
     def ready(self, session: "DecodeSession", transfer: DecodeTransfer, commit: Commit) -> None:
         """Everything has landed and is verified: let it decode, then ``session.committed``."""
@@ -144,6 +148,14 @@ class DecodeListener:
         log.info("session opened", peer=session.name, format=agreement.format)
         return session
 
+    def open_lane(self, connection: FrameConnection) -> Lane:
+        """Where a bulk connection's LAYERs land. Raises RemoteProtocolError when there is no memory for one more."""
+        loop = asyncio.get_running_loop()
+        try:
+            return self.host.open_lane(lambda: loop.call_soon_threadsafe(connection.resume))
+        except LocalError as error:
+            raise RemoteProtocolError(str(error)) from error
+
     def tell_load(self) -> None:
         """Slots were taken or given back: every prefill node that waits for some shall know."""
         load = self.host.load()
@@ -162,6 +174,7 @@ class AcceptedConnection:
         settings = listener.settings
         self._handshake = DecodeHandshake(settings.identity, settings.total_slots, settings.cluster_key)
         self._session: DecodeSession | None = None
+        self._lane: Lane | None = None  # of a bulk channel
         self._place: LayerPlace | None = None
         self.connection: FrameConnection
         self._watch: StallWatch | None = None
@@ -176,17 +189,19 @@ class AcceptedConnection:
         """Where a LAYER's payload goes; asked once its header is here."""
         if self._session is None:
             raise RemoteProtocolError("LAYER before the handshake is done")
-        if self._session.is_control(self):
+        if self._lane is None:
             raise RemoteProtocolError("LAYER may not come on the control channel")
-        self._place, views = self._session.layer_begins(layer, payload_bytes)
+        self._place, views = self._session.layer_begins(layer, payload_bytes, self._lane)
         return views
 
     def frame_received(self, received: Received) -> None:
         if self._session is None:
             self._greeted(received)
         elif isinstance(received.message, Layer):
-            if self._place is not None:
-                self._session.layer_landed(self._place, received.digest)
+            if self._place is not None and self._lane is not None:
+                self._session.layer_landed(self._place, received.digest, self._lane)
+                if not self._lane.is_free:
+                    self.connection.pause()
         else:
             self._session.frame_received(self, received)
 
@@ -195,6 +210,8 @@ class AcceptedConnection:
         self._listener.discard(self)
         if self._watch is not None:
             self._watch.stop()
+        if self._lane is not None:
+            self._lane.close()
         if self._session is not None:
             self._session.lost(error or RemoteError("the prefill node closed the connection"))
         elif isinstance(error, RemoteError):
@@ -216,11 +233,12 @@ class AcceptedConnection:
         self.connection.reader.digest = agreement.digest
         try:
             self._session = self._listener.join(self, agreement)
+            if agreement.channel is Channel.BULK:
+                self._lane = self._listener.open_lane(self.connection)
+                self._watch = StallWatch(self.connection, self.show_out)
         except RemoteProtocolError as error:
             self.connection.send(make_reject(str(error)))
             raise
-        if agreement.channel is Channel.BULK:
-            self._watch = StallWatch(self.connection, self.show_out)
 
     def show_out(self, reason: str) -> None:
         self.connection.abort(RemoteError(reason))
@@ -317,17 +335,20 @@ class DecodeSession:
 
     # --- the bulk channel ---
 
-    def layer_begins(self, layer: Layer, payload_bytes: int) -> tuple[LayerPlace, Sequence[memoryview]]:
+    def layer_begins(self, layer: Layer, payload_bytes: int, lane: Lane) -> tuple[LayerPlace, Sequence[memoryview]]:
         place = self.transfers.layer_destination(layer, payload_bytes, time.monotonic())
         if place.discard or place.transfer is None:
             return place, repeat_view(self._discard, payload_bytes)
-        return place, self._host.landing(place.transfer, layer)
+        return place, self._host.place(place.transfer, layer, lane)
 
-    def layer_landed(self, place: LayerPlace, digest: bytes | None) -> None:
+    def layer_landed(self, place: LayerPlace, digest: bytes | None, lane: Lane) -> None:
         self._liveness.heard()
         now_s = time.monotonic()
         # The digest was computed while the bytes came in: what is left after the last byte is one comparison.
-        self._take(self.transfers.layer_landed(place, digest, now_s, time.monotonic()))
+        outcome = self.transfers.layer_landed(place, digest, now_s, time.monotonic())
+        if outcome.verdict in (Verdict.WAITING, Verdict.READY):
+            lane.store()
+        self._take(outcome)
 
     # --- the control channel ---
 
