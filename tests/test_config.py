@@ -203,7 +203,8 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "host": ("127.0.0.2", "127.0.0.2"),
     "port": ("9001", 9001),
     "precision": ("fp32", "fp32"),
-    "device": ("cpu", "cpu"),
+    "device": ("cuda:1", "cuda:1"),
+    "device_memory": ("40G", 40 << 30),
     "threads": ("3", 3),
     "load_format": ("dummy", "dummy"),
     "dummy_seed": ("7", 7),
@@ -231,6 +232,7 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "stream_port": ("7", 7),
     "accept_formats": ("bf16,int8", ("bf16", "int8")),
     "arena_bytes": ("1M", 1 << 20),
+    "landing_bytes": ("64M", 64 << 20),
     "max_batch_size": ("5", 5),
     "lease": ("2", 2.0),
 }
@@ -278,7 +280,7 @@ def test_shipped_file_tells_default_unit_and_reason() -> None:
         assert entry is not None, knob.name
         assert knob.why in entry[1]
         assert knob.unit is None or f"[{knob.unit}]" in entry[1]
-    assert 'arena_bytes = "1G"' in text
+    assert 'landing_bytes = "256M"' in text
     assert "queue_timeout = 30" in text
 
 

@@ -237,7 +237,7 @@ async def serving(decode: Decode) -> AsyncIterator[None]:
 async def linked(port: int, rate: float | None = None, bulks: int = 1, **changes: Any) -> AsyncIterator[PeerLink]:
     """A prefill node's link to a port, which may or may not come to anything."""
     key = changes.pop("key", None)
-    settings = LinkSettings(identity("prefill", **changes), key, bulks, Pacer(rate), lambda error: None)
+    settings = LinkSettings(identity("prefill", **changes), key, bulks, Pacer(rate), 1 << 20, lambda error: None)
     link = PeerLink(HOST, port, settings, lambda: None)
     task = asyncio.create_task(link.run())
     try:

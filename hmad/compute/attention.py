@@ -14,6 +14,11 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, heads, tokens, head_dim]
     whole = num_queries == num_keys
     # The mask is aligned to the last key; torch's own is_causal aligns to the first and fits only a whole prompt.
-    mask = None if whole else torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
+    mask = None if whole else lower_right(num_queries, num_keys, q.device)
     out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=whole, enable_gqa=True)
     return out.squeeze(0).transpose(0, 1)
+
+
+def lower_right(num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor:
+    """bool [num_queries, num_keys]: what each query sees when the last of them sees every key."""
+    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)

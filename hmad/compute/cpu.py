@@ -13,23 +13,23 @@ from hmad.compute.device import (
     KVHistory,
     LayerClock,
     Outcome,
+    PackedChunks,
     PrefillChunk,
     PrefillObserver,
     PrefillResult,
+    non_finite,
 )
 from hmad.compute.linears import Linear, make_linear
 from hmad.compute.model import Projected, Qwen3
 from hmad.compute.sampler import SamplerInput, sample
 from hmad.compute.sequence import DecodeSequence
 from hmad.compute.staging import StagingPool
-from hmad.facts.errors import HmadError, LocalError, NonFiniteKVError
+from hmad.facts.errors import HmadError, LocalError
 from hmad.facts.formats import KVFormat, KVGeometry
 from hmad.facts.sampling import SampledToken
 from hmad_kernels import cpu_attention, cpu_pack, cpu_rows, cpu_sampling
 from hmad_kernels.cpu_attention import AttentionPlan, append_kv, scratch_shape
 from hmad_kernels.cpu_pack import pack_blocks
-
-EMULATED_PRECISIONS = frozenset({"fp8", "bfp8"})  # exact numerics, computed in float32
 
 
 def warm_up() -> None:
@@ -150,29 +150,6 @@ class CpuPrefill:
             else:
                 result.first_tokens[sequence] = [o for o in outcomes if isinstance(o, SampledToken)]
         return result
-
-
-class PackedChunks:
-    """Chunks of several sequences laid end to end: iterate for (chunk, its rows)."""
-
-    def __init__(self, chunks: Sequence[PrefillChunk]) -> None:
-        ends = torch.tensor([c.num_tokens for c in chunks]).cumsum(0).tolist()
-        self._rows = [slice(end - c.num_tokens, end) for c, end in zip(chunks, ends, strict=True)]
-        self._chunks = list(chunks)
-        token_ids = [t for c in chunks for t in c.sequence.prompt_token_ids[c.start : c.end]]
-        self.token_ids = torch.tensor(token_ids, dtype=torch.int64)
-        self.positions = torch.cat([torch.arange(c.start, c.end) for c in chunks])
-
-    def __iter__(self) -> Iterator[tuple[PrefillChunk, slice]]:
-        return iter(zip(self._chunks, self._rows, strict=True))
-
-
-def non_finite(layer_id: int, position: int) -> NonFiniteKVError:
-    return NonFiniteKVError(
-        f"K or V of layer {layer_id} at position {position} is NaN or infinite and cannot be stored. "
-        "If other requests fail too, the weights or this precision are at fault",
-        (position,),
-    )
 
 
 class CpuDecode:

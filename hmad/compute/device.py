@@ -4,7 +4,7 @@ The seam is coarse, so that a compiled-graph vendor fits behind it: a whole pref
 Encoded layers are emitted while the batch still computes; the caller decides what happens to them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from hmad.compute.batch import DecodeBatch
-from hmad.facts.errors import HmadError
+from hmad.facts.errors import HmadError, NonFiniteKVError
 from hmad.facts.formats import KVFormat, KVGeometry
 from hmad.facts.sampling import SampledToken, SamplingParams
 
@@ -108,6 +108,31 @@ class PrefillResult:
     """First tokens of the sequences whose prompt is complete: one per seed, or the error of that sequence."""
 
     first_tokens: dict[PrefillSequence, list[SampledToken]] = field(default_factory=dict)
+
+
+class PackedChunks:
+    """Chunks of several sequences laid end to end: iterate for (chunk, its rows)."""
+
+    def __init__(self, chunks: Sequence[PrefillChunk]) -> None:
+        ends = torch.tensor([c.num_tokens for c in chunks]).cumsum(0).tolist()
+        self._rows = [slice(end - c.num_tokens, end) for c, end in zip(chunks, ends, strict=True)]
+        self._chunks = list(chunks)
+        token_ids = [t for c in chunks for t in c.sequence.prompt_token_ids[c.start : c.end]]
+        self.token_ids = torch.tensor(token_ids, dtype=torch.int64)
+        self.positions = torch.cat([torch.arange(c.start, c.end) for c in chunks])
+
+    def __iter__(self) -> Iterator[tuple[PrefillChunk, slice]]:
+        return iter(zip(self._chunks, self._rows, strict=True))
+
+
+def non_finite(layer_id: int | None, position: int) -> NonFiniteKVError:
+    """K or V at a position cannot be stored; not every device knows in which layer."""
+    where = "" if layer_id is None else f" of layer {layer_id}"
+    return NonFiniteKVError(
+        f"K or V{where} at position {position} is NaN or infinite and cannot be stored. "
+        "If other requests fail too, the weights or this precision are at fault",
+        (position,),
+    )
 
 
 class PrefillDevice(Protocol):

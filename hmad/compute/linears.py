@@ -41,7 +41,7 @@ def stacked(parts: Sequence[Tensor], dtype: torch.dtype, convert: Callable[[Tens
     """
     if len(parts) == 1 and convert is None and parts[0].dtype == dtype:
         return parts[0]
-    whole = torch.empty((sum(len(part) for part in parts), parts[0].shape[1]), dtype=dtype)
+    whole = torch.empty((sum(len(part) for part in parts), parts[0].shape[1]), dtype=dtype, device=parts[0].device)
     for begin, run in row_runs(parts):
         whole[begin : begin + len(run)] = convert(run) if convert else run
     return whole

@@ -9,6 +9,11 @@ from hmad.compute.cpu import CpuBackend
 from hmad.compute.model import Backend, Qwen3
 
 
+def emulated_precisions(device: str) -> frozenset[str]:
+    """Precisions of exact numerics but no gain in speed: the device has no such products."""
+    return frozenset({"fp8", "bfp8"}) if device == "cpu" else frozenset({"bfp8"})
+
+
 def make_backend(precision: str, device: torch.device) -> Backend:
     """What a device brings to the model. Raises ConfigError where it cannot compute in this precision."""
     if device.type == "cpu":

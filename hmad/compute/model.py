@@ -88,6 +88,10 @@ class Qwen3:
         self._rope = rope_table(config, self.dtype).to(backend.device)  # [max positions, D]
         del self._weights
 
+    @property
+    def device(self) -> torch.device:
+        return self._backend.device
+
     def _read(self, name: str) -> Tensor:
         return self._weights.read(name).to(self._backend.device, self.dtype)
 
@@ -155,9 +159,10 @@ class Qwen3:
         return layer.down(self._backend.silu_mul(layer.gate_up(normed)))
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [N, hidden] -> float32 [N, vocab]."""
-        return linear(hidden, self._head).float()
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """hidden [N, hidden] -> float32 [N, vocab], in ``out`` where that is given."""
+        logits = linear(hidden, self._head)
+        return logits.float() if out is None else out.copy_(logits)
 
 
 def rope_table(config: ModelConfig, dtype: torch.dtype) -> Tensor:

@@ -6,6 +6,7 @@ Full staging slows prefill down (``acquire`` waits); memory never grows.
 import threading
 
 import numpy as np
+import torch
 
 from hmad.facts.errors import ConfigError, LocalError
 
@@ -13,12 +14,14 @@ from hmad.facts.errors import ConfigError, LocalError
 class StagingPool:
     """A pool of equal pages. The engine thread acquires, any thread releases."""
 
-    def __init__(self, staging_bytes: int, page_bytes: int) -> None:
+    def __init__(self, staging_bytes: int, page_bytes: int, *, pinned: bool = False) -> None:
         self.page_bytes = page_bytes
         self.num_pages = staging_bytes // page_bytes
         if self.num_pages < 1:
             raise ConfigError(f"staging-bytes = {staging_bytes} is less than one frame of {page_bytes} bytes: raise it")
-        self._pages = list(np.empty((self.num_pages, page_bytes), dtype=np.uint8))
+        # Pinned where a device copies into it: uint8 [num_pages, page_bytes].
+        self.memory = torch.empty((self.num_pages, page_bytes), dtype=torch.uint8, pin_memory=pinned)
+        self._pages = list(self.memory.numpy())
         self._free = list(range(self.num_pages))  # last in, first out: a page that is still in cache is taken first
         self._used: set[int] = set()
         self._changed = threading.Condition()

@@ -3,13 +3,12 @@
 import asyncio
 from typing import Any
 
-from hmad.compute.arena import Arena
-from hmad.compute.cpu import CpuDecode
-from hmad.compute.landing import HostLanding
+from hmad.compute.landing import Landing
 from hmad.edges.api import RoleServices
+from hmad.edges.devices import open_decode
 from hmad.edges.health import Health
 from hmad.edges.metrics import Metrics
-from hmad.edges.node_model import SHUTDOWN_S, NodeModel, common_status, in_passing_thread, load_warm_model
+from hmad.edges.node_model import SHUTDOWN_S, NodeModel, common_status, in_passing_thread
 from hmad.facts.config import Config
 from hmad.facts.formats import FORMATS
 from hmad.facts.keys import load_api_keys
@@ -27,10 +26,11 @@ STOPS = "the decode node stops"
 class DecodeNode:
     """Built by ``build``; then start, drain, stop."""
 
-    def __init__(self, config: Config, model: NodeModel, role: DecodeRole, metrics: Metrics) -> None:
+    def __init__(self, config: Config, model: NodeModel, role: DecodeRole, landing: Landing, metrics: Metrics) -> None:
         self._config = config
         self._model = model
         self._role = role
+        self._landing = landing
         self._listener = DecodeListener(
             ListenerSettings(model.identity, model.geometry, model.cluster_key, role.arena.num_slots, config.lease_s),
             role,
@@ -49,14 +49,13 @@ class DecodeNode:
     async def build(cls, config: Config, model: NodeModel) -> "DecodeNode":
         """Take the arena's memory and load the weights."""
         log.info("loading", model=str(config.model), precision=config.precision)
-        transformer = await in_passing_thread(lambda: load_warm_model(config))
-        arena = Arena(model.geometry, config.arena_bytes)
-        tail_format = FORMATS[config.precision]
         metrics = Metrics("decode")
+        opened = await in_passing_thread(lambda: open_decode(config, model, lambda error: role.engine.fail(error)))
+        arena = opened.arena
         role = DecodeRole(
             arena,
-            HostLanding(arena),
-            tail_format,
+            opened.landing,
+            FORMATS[config.precision],
             model.max_model_len,
             model.config.vocab_size,
             DecodeCounters(
@@ -66,8 +65,7 @@ class DecodeNode:
                 failed=metrics.count_error,
             ),
         )
-        device = CpuDecode(transformer, arena, tail_format, config.threads)
-        role.engine = DecodeEngine(device, config.max_batch_size, role.deliver_from_engine)
+        role.engine = DecodeEngine(opened.device, config.max_batch_size, role.deliver_from_engine)
         log.info(
             "arena made",
             num_slots=arena.num_slots,
@@ -78,7 +76,7 @@ class DecodeNode:
         metrics.arena_used_slots.set_function(lambda: arena.used_slots)
         metrics.queue_length.set_function(lambda: role.engine.num_waiting)
         metrics.running.set_function(lambda: role.engine.num_running)
-        return cls(config, model, role, metrics)
+        return cls(config, model, role, opened.landing, metrics)
 
     async def start(self) -> None:
         self._role.engine.start()
@@ -99,6 +97,7 @@ class DecodeNode:
         await self._listener.stop(STOPS)
         self._role.engine.stop()
         await asyncio.to_thread(self._role.engine.join, SHUTDOWN_S)
+        await asyncio.to_thread(self._landing.close)
 
     def _check(self) -> tuple[bool, str]:
         trouble = self._role.engine.trouble

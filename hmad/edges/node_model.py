@@ -11,9 +11,7 @@ from typing import Any, TypeVar
 
 from hmad import __version__
 from hmad.compute.checkpoint import ModelConfig, fingerprint, read_config
-from hmad.compute.cpu import EMULATED_PRECISIONS, warm_up
-from hmad.compute.loading import load_model
-from hmad.compute.model import Qwen3
+from hmad.compute.loading import emulated_precisions
 from hmad.facts.config import Config
 from hmad.facts.errors import ConfigError
 from hmad.facts.formats import FORMATS, KVGeometry, preferred_formats
@@ -23,8 +21,10 @@ from hmad.wire.handshake import NodeIdentity
 from hmad.wire.messages import Limits
 
 SHUTDOWN_S = 5.0
-# What we are willing to receive. LAYERs land in leased slots, so their bound costs no memory.
+# What we are willing to receive. On a CPU, LAYERs land in leased slots, so their bound costs no memory; with a GPU they
+# land in pinned pages first.
 MAX_LAYER_BYTES = 1 << 30
+LANDING_PAGE_BYTES = 8 << 20
 MAX_TOKENS_BYTES = 64 << 20
 
 T = TypeVar("T")
@@ -49,13 +49,6 @@ async def in_passing_thread(function: Callable[[], T]) -> T:
     """
     with ThreadPoolExecutor(1) as executor:
         return await asyncio.get_running_loop().run_in_executor(executor, function)
-
-
-def load_warm_model(config: Config) -> Qwen3:
-    """The weights, and every kernel compiled, so that the first request waits for neither."""
-    model = load_model(config.model, config.precision, config.load_format, config.dummy_seed)
-    warm_up()
-    return model
 
 
 def open_model(config: Config) -> NodeModel:
@@ -83,9 +76,13 @@ def make_identity(config: Config, model: ModelConfig, geometry: KVGeometry, max_
         first_head=0,
         num_heads=geometry.num_kv_heads,
         formats=offered_formats(config, geometry),
-        limits=Limits(layer_bytes=MAX_LAYER_BYTES, reserve_bytes=4 * max_model_len, tokens_bytes=MAX_TOKENS_BYTES),
+        limits=Limits(max_layer_bytes(config), reserve_bytes=4 * max_model_len, tokens_bytes=MAX_TOKENS_BYTES),
         digests=(config.digest,) if config.digest != DIGEST_NONE else (DIGEST_NONE, "xxh3-128"),
     )
+
+
+def max_layer_bytes(config: Config) -> int:
+    return MAX_LAYER_BYTES if config.device == "cpu" else LANDING_PAGE_BYTES
 
 
 def offered_formats(config: Config, geometry: KVGeometry) -> tuple[str, ...]:
@@ -109,7 +106,8 @@ def common_status(config: Config, model: NodeModel) -> dict[str, Any]:
         "version": __version__,
         "node_id": model.identity.node_id,
         "precision": config.precision,
-        "emulated": config.precision in EMULATED_PRECISIONS,
+        "device": config.device,
+        "emulated": config.precision in emulated_precisions(config.device),
         "kv_formats": model.identity.formats,
         "max_model_len": model.max_model_len,
         "model_fingerprint": model.identity.fingerprint.hex(),

@@ -5,16 +5,16 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from hmad.compute.checkpoint import read_generation_defaults
-from hmad.compute.cpu import CpuPrefill
 from hmad.compute.device import KVHistory
 from hmad.compute.linears import activation_dtype
 from hmad.compute.staging import StagingPool
 from hmad.compute.tokenizer import Tokenizer
 from hmad.edges.api import RoleServices
 from hmad.edges.completions import ServedModel
+from hmad.edges.devices import open_prefill
 from hmad.edges.health import Health
 from hmad.edges.metrics import Metrics, error_cause
-from hmad.edges.node_model import SHUTDOWN_S, NodeModel, common_status, in_passing_thread, load_warm_model
+from hmad.edges.node_model import SHUTDOWN_S, NodeModel, common_status, in_passing_thread
 from hmad.facts.config import Config
 from hmad.facts.errors import RequestError
 from hmad.facts.formats import FORMATS, KVGeometry
@@ -69,12 +69,12 @@ class PrefillNode:
         """Load tokenizer and weights, take the staging's memory, make the links."""
         log.info("loading", model=str(config.model), precision=config.precision)
         tokenizer = Tokenizer(config.model)
-        transformer = await in_passing_thread(lambda: load_warm_model(config))
+        opened = await in_passing_thread(lambda: open_prefill(config, model))
+        staging = opened.staging
         metrics = Metrics("prefill")
-        staging = make_staging(config, model)
         role = PrefillRole(role_settings(config, model, staging), staging, counters(metrics))
         role.engine = PrefillEngine(
-            CpuPrefill(transformer, model.geometry, role.staging),
+            opened.device,
             config.max_batch_tokens,
             config.history_bytes,
             PrefillListener(role.blocks_encoded, role.layer_computed, role.prefill_done),
@@ -85,6 +85,7 @@ class PrefillNode:
             model.cluster_key,
             config.bulk_connections,
             Pacer(config.stream_bytes_per_s),
+            staging.page_bytes,
             role.counters.failed,
         )
         role.links = [PeerLink(peer.host, peer.port, link_settings, role.changed) for peer in config.peers]
@@ -161,12 +162,6 @@ def role_settings(config: Config, model: NodeModel, staging: StagingPool) -> Pre
         transfer_after=config.transfer == "after",
         digest=config.digest,
     )
-
-
-def make_staging(config: Config, model: NodeModel) -> StagingPool:
-    """Pages of one frame each; a frame holds at least one block of any format we may send."""
-    blocks = [model.geometry.block_bytes(FORMATS[name]) for name in model.identity.formats]
-    return StagingPool(config.staging_bytes, max(config.frame_bytes, *blocks))
 
 
 def counters(metrics: Metrics) -> PrefillCounters:

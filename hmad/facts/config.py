@@ -133,6 +133,7 @@ Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False), Unit("s"
 Peers = Annotated[tuple[Annotated[Address, BeforeValidator(parse_address)], ...], BeforeValidator(parse_list)]
 FormatNames = Annotated[tuple[FormatName, ...], BeforeValidator(parse_list), Field(min_length=1)]
 Name = Annotated[str, Field(min_length=1, max_length=255)]
+Device = Annotated[str, Field(pattern=r"^(cpu|cuda(:[0-9]{1,2})?)$")]
 Names = Annotated[tuple[Name, ...], BeforeValidator(parse_list), Field(min_length=1)]
 
 
@@ -168,7 +169,10 @@ class Config(BaseModel):
         default_factory=PerRole("int8", "bf16"),
         description="what linears compute in; a decode node knows bf16 and fp32 (fp32 is for exact tests)",
     )
-    device: Literal["cpu"] = Field("cpu", description="what to compute on; this release knows cpu alone")
+    device: Device = Field("cpu", description="what to compute on: cpu, or a GPU such as cuda:0")
+    device_memory: Annotated[Size | None, Unit("bytes")] = Field(
+        None, description="GPU memory that this node may take; none is 90 percent of what is free when it starts"
+    )
     threads: Count = Field(default_factory=_all_cores, description="compute threads; auto is every core we may use")
     load_format: Literal["safetensors", "dummy"] = Field(
         "safetensors", description="dummy makes random weights from config.json alone, to measure speed"
@@ -249,7 +253,12 @@ class Config(BaseModel):
     accept_formats: Annotated[FormatNames, OF_DECODE] = Field(
         get_args(FormatName), description="KV formats this node takes, comma-separated"
     )
-    arena_bytes: Annotated[Size, OF_DECODE] = Field(GIB, description="memory for KV, taken once at the start")
+    arena_bytes: Annotated[Size | None, Unit("bytes"), OF_DECODE] = Field(
+        None, description="memory for KV, taken at the start; none is 1G on a CPU, on a GPU what its other needs leave"
+    )
+    landing_bytes: Annotated[Size, OF_DECODE] = Field(
+        256 * MIB, description="with a GPU, pinned host memory that KV is received into: 16M per bulk connection"
+    )
     max_batch_size: Annotated[Count, Unit("sequences"), OF_DECODE] = Field(
         64, description="sequences in one decode step; more of them wait"
     )

@@ -58,6 +58,7 @@ class Engine(abc.ABC):
         self._wake = threading.Condition()
         self._thread = threading.Thread(target=self._run, name=f"{name}-engine", daemon=True)
         self._stopping = False
+        self._fault: Exception | None = None
         self._busy = False
         self._progress_s = time.monotonic()
         self._num_units = 1  # of work in the batch or step under way
@@ -70,6 +71,12 @@ class Engine(abc.ABC):
         """Ask the thread to end after the batch or step that it is in."""
         with self._wake:
             self._stopping = True
+            self._wake.notify()
+
+    def fail(self, error: Exception) -> None:
+        """The device is lost, as another of its threads has found out: die of it, also without work."""
+        with self._wake:
+            self._fault = error
             self._wake.notify()
 
     def join(self, timeout_s: float) -> bool:
@@ -124,7 +131,9 @@ class Engine(abc.ABC):
         """Sleep until there is work; False when stopping."""
         with self._wake:
             self._busy = self._has_work()
-            self._wake.wait_for(lambda: self._stopping or self._has_work())
+            self._wake.wait_for(lambda: self._stopping or self._fault or self._has_work())
+            if self._fault is not None:
+                raise self._fault
             self._progress_s = time.monotonic()  # before busy: whoever looks now must not see the last one's
             self._busy = True
             return not self._stopping

@@ -55,6 +55,7 @@ class LinkSettings:
     cluster_key: bytes | None
     num_bulk_connections: int
     pacer: Pacer
+    frame_bytes: int  # the most that a LAYER holds
     failed: Callable[[Exception], None]  # a session could not be had, or was lost: count it
 
 
@@ -311,10 +312,18 @@ class PrefillSession:
             if isinstance(received.message, Welcome):  # it is we who refuse: the decode node's log shall say so, too
                 self.send(make_reject(str(rejected)))
             raise
+        self._check_frames()
         self._control.reader.authenticated = True
         self.send(auth)
         self._liveness = Liveness(self._beat, self._silent)
         self._beat()
+
+    def _check_frames(self) -> None:
+        ours, theirs = self._settings.frame_bytes, self.agreement.limits.layer_bytes
+        if ours > theirs:
+            raise HandshakeRejected(
+                f"--frame-bytes {ours} is more than the {theirs} that the decode node takes: lower it"
+            )
 
     def _beat(self) -> None:
         self.send(Ping(sent_s=time.monotonic()))

@@ -1,0 +1,302 @@
+"""Decode on a CUDA device: one captured graph per batch size, over raw blocks in an arena in device memory.
+
+A step is: bring its metadata to the device in one copy, replay the graph, bring the tokens back in another. The newest
+tokens stay on the device from one step to the next, so that a step can be launched before the host knows what the one
+before it has drawn.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hmad.compute.arena import Arena
+from hmad.compute.batch import DecodeBatch
+from hmad.compute.cuda_buffers import Bundle, Field
+from hmad.compute.cuda_faults import fatal_faults
+from hmad.compute.cuda_sampler import (
+    NO_ROW,
+    columns,
+    device_sampling,
+    forced_token,
+    outcome,
+    sampling_fields,
+    token_tensor,
+    wants_logits,
+)
+from hmad.compute.device import Outcome, non_finite
+from hmad.compute.model import Projected, Qwen3
+from hmad.compute.sequence import DecodeSequence
+from hmad.facts.errors import LocalError
+from hmad.facts.formats import FORMATS, KVFormat
+from hmad_kernels.triton_attention import (
+    EMPTY,
+    item_tokens_for,
+    paged_decode_attention,
+    partial_shapes,
+    plan_capacity,
+    split_items,
+)
+from hmad_kernels.triton_rope import norm_rope_append
+from hmad_kernels.triton_sampling import count_tokens, reset_counts, sample_rows
+
+PROGRAMS_PER_MULTIPROCESSOR = 8
+FORMAT_NAMES = tuple(FORMATS)
+
+
+def buckets_up_to(max_batch_size: int) -> list[int]:
+    """Batch sizes that graphs are captured for: a batch is padded to the next."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, max_batch_size, 32)]
+    return [*(size for size in sizes if size < max_batch_size), max_batch_size]
+
+
+@dataclass(frozen=True)
+class Members:
+    """What of a batch's metadata stays the same until its members change."""
+
+    batch: DecodeBatch
+    formats: tuple[str, ...]
+    columns: dict[str, np.ndarray]
+    forced: list[tuple[int, DecodeSequence]]  # rows under teacher forcing
+    described: list[int]  # rows whose logits the host wants
+
+
+class CudaDecode:
+    """Decode on one CUDA device. Everything here belongs to the engine's thread."""
+
+    runs_ahead = True
+
+    def __init__(self, model: Qwen3, arena: Arena, tail_format: KVFormat, max_batch_size: int) -> None:
+        config, device = model.config, model.device
+        self.model = model
+        self.arena = arena
+        self._device = device
+        self._tail_format = tail_format
+        self._stream = torch.cuda.Stream(device)
+        self._buckets = buckets_up_to(max_batch_size)
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        self._num_programs = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
+        capacity = self._capacity(max_batch_size)
+        self._inputs = Bundle(
+            {
+                "token_ids": Field(torch.int64, (max_batch_size,)),
+                "positions": Field(torch.int64, (max_batch_size,)),
+                "sources": Field(torch.int64, (max_batch_size,)),  # rows of the step before, or -1
+                "tail_slots": Field(torch.int32, (max_batch_size,)),  # -1: padding
+                "tail_offsets": Field(torch.int32, (max_batch_size,)),
+                "items": Field(torch.int32, (capacity, 4)),
+                "seq_items": Field(torch.int32, (max_batch_size + 1,)),
+            }
+            | sampling_fields(max_batch_size),
+            device,
+        )
+        self._outputs = Bundle(
+            {
+                "token_ids": Field(torch.int64, (max_batch_size,)),
+                "tops": Field(torch.float32, (max_batch_size,)),
+                "bad_rows": Field(torch.uint8, (max_batch_size,)),
+            },
+            device,
+        )
+        table_size = 8 * arena.num_slots  # the choices of a request, eight at most, share its prefix
+        self._tables = Bundle({"blocks": Field(torch.int32, (table_size,))}, device)
+        shapes = partial_shapes(capacity, config.num_heads, config.head_dim)
+        self._partials = [torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes]
+        self._logits = torch.empty((max_batch_size, config.vocab_size), dtype=torch.float32, device=device)
+        self._counts = torch.zeros((max_batch_size, config.vocab_size), dtype=torch.int32, device=device)
+        self._graphs: dict[tuple[int, tuple[str, ...]], torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self._members: Members | None = None
+        self._rows: dict[DecodeSequence, int] = {}  # of the last step
+        self._counted: dict[DecodeSequence, int] = {}  # rows of the counts
+
+    def _capacity(self, num_rows: int) -> int:
+        """Items of attention that a batch of so many rows may have, however long its sequences are."""
+        return plan_capacity(num_rows, self.model.config.num_kv_heads, self._num_programs)
+
+    def warm_up(self, formats: Sequence[str]) -> None:
+        """Have every kernel compiled before the first request waits for it."""
+        with fatal_faults(), torch.inference_mode(), torch.cuda.stream(self._stream):
+            for name in formats:
+                self._graph_for(1, tuple(n for n in FORMAT_NAMES if n in (name, self._tail_format.name)))
+            self._stream.synchronize()
+
+    # --- one step ---
+
+    def launch(self, batch: DecodeBatch) -> Callable[[], Sequence[Outcome]]:
+        with fatal_faults(), torch.inference_mode(), torch.cuda.stream(self._stream):
+            if self._members is None or self._members.batch is not batch:
+                self._members = self._adopt(batch)
+            members = self._members
+            num_rows = next(size for size in self._buckets if size >= len(batch))
+            graph = self._graph_for(num_rows, members.formats)
+            self._fill(members, num_rows)
+            self._inputs.upload()
+            graph.replay()
+            arrays = self._outputs.next_turn()
+            self._outputs.download()
+            described = {row: self._logits[row].to("cpu", non_blocking=True) for row in members.described}
+            done = torch.cuda.Event(blocking=True)
+            done.record()
+        self._rows = {sequence: row for row, sequence in enumerate(batch.sequences)}
+        indices = [sequence.num_tail_tokens + 1 for sequence in batch.sequences]
+        return partial(self._collect, batch.sequences, indices, batch.positions.tolist(), arrays, described, done)
+
+    def _collect(
+        self,
+        sequences: Sequence[DecodeSequence],
+        indices: Sequence[int],
+        positions: Sequence[int],
+        arrays: dict[str, np.ndarray],
+        described: dict[int, Tensor],
+        done: torch.cuda.Event,
+    ) -> list[Outcome]:
+        with fatal_faults():
+            done.synchronize()
+        token_ids, tops, bad_rows = (arrays[name].tolist() for name in ("token_ids", "tops", "bad_rows"))
+        outcomes: list[Outcome] = []
+        for row, sequence in enumerate(sequences):
+            raw = described[row].numpy() if row in described else None
+            if bad_rows[row]:
+                outcomes.append(non_finite(None, positions[row]))
+            else:
+                outcomes.append(outcome(sequence.params, indices[row], token_ids[row], tops[row], raw))
+        return outcomes
+
+    # --- its metadata ---
+
+    def _adopt(self, batch: DecodeBatch) -> Members:
+        """The members have changed: what follows from them alone."""
+        sequences = batch.sequences
+        codes = sorted(set(batch.segments[:, 0].tolist()))
+        table = self._tables.next_turn()["blocks"]
+        if len(batch.block_table) > len(table):
+            raise LocalError(f"a batch of {len(batch.block_table)} blocks, {len(table)} is the most")
+        table[: len(batch.block_table)] = batch.block_table
+        self._tables.upload()
+        settings = columns((s.params, s.seed) for s in sequences)
+        settings["counts_row"] = self._count_rows(sequences)
+        return Members(
+            batch,
+            tuple(FORMAT_NAMES[code] for code in codes),
+            settings,
+            [(row, s) for row, s in enumerate(sequences) if s.params.forced_token_ids],
+            [row for row, s in enumerate(sequences) if wants_logits(s.params)],
+        )
+
+    def _count_rows(self, sequences: Sequence[DecodeSequence]) -> np.ndarray:
+        """A row of the counts for each sequence under penalties: its own as long as it is in the batch."""
+        kept = {s: self._counted[s] for s in sequences if s in self._counted}
+        free = iter(sorted(set(range(len(self._counts))) - set(kept.values())))
+        for sequence in sequences:
+            if sequence.params.penalized and sequence not in kept:
+                kept[sequence] = row = next(free)
+                prompt, output = (
+                    token_tensor(ids, self._device) for ids in (sequence.prompt_token_ids, sequence.output_token_ids)
+                )
+                reset_counts(self._counts, row, prompt, output)
+        self._counted = kept
+        return np.array([kept.get(s, NO_ROW) for s in sequences], np.int32)
+
+    def _fill(self, members: Members, num_rows: int) -> None:
+        """This step's arrays on the host; rows beyond the batch are padding that touches nothing."""
+        batch, arrays, size = members.batch, self._inputs.next_turn(), len(members.batch)
+        sequences = batch.sequences
+        sources = [self._rows.get(sequence, NO_ROW) for sequence in sequences]
+        arrays["sources"][:size] = sources
+        arrays["token_ids"][:size] = [
+            0 if source >= 0 else s.output_token_ids[-1] for s, source in zip(sequences, sources, strict=True)
+        ]
+        arrays["positions"][:size] = batch.positions
+        arrays["tail_slots"][:size], arrays["tail_offsets"][:size] = batch.tail_places
+        for name, column in members.columns.items():
+            arrays[name][:size] = column
+        arrays["index"][:size] = [s.num_tail_tokens + 1 for s in sequences]
+        arrays["forced"][:size] = NO_ROW
+        for row, sequence in members.forced:
+            arrays["forced"][row] = forced_token(sequence.params, sequence.num_tail_tokens + 1)
+        self._fill_padding(arrays, size, num_rows)
+        capacity = self._capacity(num_rows)
+        num_tokens = int(batch.segments[:, 1].sum())
+        num_kv_heads = self.model.config.num_kv_heads
+        item_tokens = item_tokens_for(num_tokens, num_kv_heads, self._num_programs)
+        items, seq_items = split_items(batch.seq_segments, batch.segments, item_tokens, capacity)
+        arrays["items"][:capacity] = items
+        arrays["seq_items"][: size + 1] = seq_items
+        arrays["seq_items"][size + 1 : num_rows + 1] = seq_items[-1]
+
+    def _fill_padding(self, arrays: dict[str, np.ndarray], first: int, end: int) -> None:
+        for name in ("token_ids", "positions", "tail_offsets", "temperature", "index"):
+            arrays[name][first:end] = 0
+        for name in ("sources", "tail_slots", "counts_row", "forced"):
+            arrays[name][first:end] = NO_ROW
+
+    # --- graphs ---
+
+    def _graph_for(self, num_rows: int, formats: tuple[str, ...]) -> torch.cuda.CUDAGraph:
+        """The graph of a padded batch size and the formats in it, captured when it is first needed."""
+        graph = self._graphs.get((num_rows, formats))
+        if graph is None:
+            graph = self._graphs[num_rows, formats] = self._capture(num_rows, formats)
+        return graph
+
+    def _capture(self, num_rows: int, formats: tuple[str, ...]) -> torch.cuda.CUDAGraph:
+        newest = self._outputs.on_device["token_ids"].clone()  # the step before left them, and this one reads them
+        arrays = self._inputs.next_turn()
+        self._fill_padding(arrays, 0, num_rows)
+        arrays["items"][:] = EMPTY
+        arrays["seq_items"][:] = 0
+        self._inputs.upload()
+        self._forward(num_rows, formats)  # compiles kernels, and lets libraries choose theirs
+        self._stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads go on copying meanwhile: only this one's calls are part of the capture. (torch's context manager
+        # would collect garbage first, and hold up the event loop.)
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
+            self._forward(num_rows, formats)
+        finally:
+            graph.capture_end()
+        self._outputs.on_device["token_ids"].copy_(newest)
+        return graph
+
+    def _forward(self, num_rows: int, formats: tuple[str, ...]) -> None:
+        """Feed each row's newest token, append its KV to the tail, attend over all segments, sample."""
+        arrays, outputs = self._inputs.on_device, self._outputs.on_device
+        sources, bad_rows = arrays["sources"][:num_rows], outputs["bad_rows"][:num_rows]
+        newest = outputs["token_ids"].index_select(0, sources.clamp(min=0))
+        token_ids = torch.where(sources >= 0, newest, arrays["token_ids"][:num_rows])
+        positions = arrays["positions"][:num_rows]
+        bad_rows.zero_()
+
+        def attend(layer_id: int, rows: Projected) -> Tensor:
+            return self._attend(layer_id, rows, num_rows, formats)
+
+        hidden = self.model.forward(token_ids, positions, attend)
+        logits = self._logits[:num_rows]
+        self.model.logits(hidden, out=logits)
+        sampling = device_sampling(arrays, self._counts, num_rows)
+        drawn = outputs["token_ids"][:num_rows]
+        sample_rows(logits, sampling, drawn, outputs["tops"][:num_rows])
+        count_tokens(self._counts, sampling.counts_row, drawn)
+
+    def _attend(self, layer_id: int, rows: Projected, num_rows: int, formats: tuple[str, ...]) -> Tensor:
+        config, arrays = self.model.config, self._inputs.on_device
+        slots, capacity = self.arena.layer(layer_id), self._capacity(num_rows)
+        norm_rope_append(
+            rows.product, rows.q_norm, rows.k_norm, rows.angles.table, rows.angles.positions,
+            config.num_heads, config.num_kv_heads, config.rms_norm_eps, self._tail_format.name,
+            slots, arrays["tail_slots"][:num_rows], arrays["tail_offsets"][:num_rows],
+            self._outputs.on_device["bad_rows"][:num_rows],
+        )  # fmt: skip
+        q = rows.product.view(num_rows, -1, config.head_dim)[:, : config.num_heads].contiguous()
+        out = torch.empty_like(q)
+        values, stats = self._partials
+        paged_decode_attention(
+            q, slots, arrays["items"][:capacity], arrays["seq_items"][: num_rows + 1], self._tables.on_device["blocks"],
+            out, values[:capacity], stats[:capacity], config.head_dim**-0.5, config.num_kv_heads, formats,
+        )  # fmt: skip
+        return out

@@ -1,0 +1,19 @@
+"""Errors of a CUDA device in our words."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from hmad.facts.errors import DeviceFault
+
+
+@contextmanager
+def fatal_faults() -> Iterator[None]:
+    """Name what no call on this device survives, such as an illegal access. A lack of memory passes through: it costs
+    one batch or step.
+    """
+    try:
+        yield
+    except torch.AcceleratorError as error:
+        raise DeviceFault(f"the device has failed, and everything on it is lost: {error}") from error

@@ -1,0 +1,364 @@
+"""Prefill on a CUDA device: layers on one stream, their KV encoded and copied out on another.
+
+The compute stream never waits for the wire: after each layer's K and V it records an event and goes on. The side stream
+packs them into blocks and copies the blocks into pinned staging pages; a thread waits for these copies and hands the
+pages on. When all pages are on the wire, launching stops until one comes back: prefill slows down, memory does not
+grow.
+"""
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from queue import SimpleQueue
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hmad.compute.attention import causal_attention
+from hmad.compute.cuda_faults import fatal_faults
+from hmad.compute.cuda_sampler import sample_once
+from hmad.compute.device import (
+    EncodedBlocks,
+    KVHistory,
+    LayerClock,
+    PackedChunks,
+    PrefillChunk,
+    PrefillObserver,
+    PrefillResult,
+    PrefillSequence,
+    non_finite,
+)
+from hmad.compute.model import Projected, Qwen3
+from hmad.compute.sampler import SamplerInput
+from hmad.compute.staging import StagingPool
+from hmad.facts.errors import HmadError, LocalError
+from hmad.facts.formats import KVFormat, KVGeometry
+from hmad.facts.sampling import SampledToken, SamplingParams
+from hmad_kernels.triton_pack import pack_blocks
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A run of a sequence's blocks in the packed output of one format, and the batch's rows that they hold."""
+
+    sequence: PrefillSequence
+    first_row: int
+    num_rows: int
+    first_position: int
+    first_packed: int  # block of the packed output
+    num_blocks: int
+
+
+@dataclass(frozen=True)
+class FormatPlan:
+    """What one launch of the pack kernel does for all sequences of a batch that ship in the same format."""
+
+    format: KVFormat
+    blocks: Tensor  # int32 [num_blocks, 2] on the device: first row, number of rows
+    frames: tuple[Frame, ...]
+
+
+@dataclass(frozen=True)
+class CopiedFrame:
+    """A frame and the page that it is copied into."""
+
+    frame: Frame
+    format: KVFormat
+    page: int
+
+
+@dataclass(frozen=True)
+class LayerCopies:
+    """What the side stream does for one layer; ``done`` is the event after it."""
+
+    layer_id: int
+    started: torch.cuda.Event
+    kv_ready: torch.cuda.Event
+    done: torch.cuda.Event
+    frames: list[CopiedFrame]
+    bad_rows: Tensor  # uint8 [rows of the batch], pinned
+
+
+class CudaPrefill:
+    """Prefill on one CUDA device. Called by one thread; the observer hears from another, before ``prefill`` returns."""
+
+    def __init__(self, model: Qwen3, geometry: KVGeometry, staging: StagingPool) -> None:
+        self.model = model
+        self.geometry = geometry
+        self.staging = staging
+        self._device = model.device
+        self._compute = torch.cuda.Stream(self._device)
+        self._side = torch.cuda.Stream(self._device)
+
+    def new_history(self, num_tokens: int) -> KVHistory:
+        return KVHistory(self.geometry, num_tokens, self.model.dtype, self._device)
+
+    def warm_up(self, formats: Sequence[KVFormat]) -> None:
+        """Have every kernel compiled, and libraries choose theirs, before the first request waits for it."""
+        for fmt in formats:
+            sequence = PrefillSequence(range(fmt.tokens_per_block), SamplingParams(max_tokens=2), (0,), fmt)
+            observer = PrefillObserver(lambda blocks: self.staging.release(blocks.page), lambda clock: None)
+            self.prefill([PrefillChunk(sequence, sequence.num_remaining)], observer)
+
+    @torch.inference_mode()
+    def prefill(self, chunks: Sequence[PrefillChunk], observer: PrefillObserver) -> PrefillResult:
+        """Launch one packed forward pass; while the device computes, ship each layer's blocks as they come."""
+        with fatal_faults(), torch.cuda.stream(self._compute):
+            batch = Batch(self, chunks, observer)
+            try:
+                hidden = self.model.forward(batch.token_ids, batch.positions, batch.attend, batch.layer_begins)
+                first_tokens = self._sample_first(batch.packed, hidden)
+            finally:
+                batch.ship_rest()
+        for chunk in chunks:
+            chunk.sequence.num_computed = chunk.end
+        return PrefillResult({s: tokens for s, tokens in first_tokens.items() if not s.error})
+
+    def _sample_first(self, packed: PackedChunks, hidden: Tensor) -> dict[PrefillSequence, list[SampledToken]]:
+        """Token 0 of every choice of the sequences that are complete."""
+        last = [(c.sequence, rows.stop - 1) for c, rows in packed if c.is_last]
+        if not last:
+            return {}
+        logits = self.model.logits(hidden[[row for _, row in last]])  # [num_last, vocab]
+        choices = [(sequence, seed, row) for row, (sequence, _) in enumerate(last) for seed in sequence.seeds]
+        inputs = [SamplerInput(s.params, seed, 0, s.prompt_token_ids, ()) for s, seed, _ in choices]
+        outcomes = sample_once(logits[[row for _, _, row in choices]], inputs)
+        first_tokens: dict[PrefillSequence, list[SampledToken]] = {sequence: [] for sequence, _ in last}
+        for (sequence, _, _), outcome in zip(choices, outcomes, strict=True):
+            if isinstance(outcome, HmadError):
+                sequence.error = sequence.error or outcome
+            else:
+                first_tokens[sequence].append(outcome)
+        return first_tokens
+
+
+@dataclass(frozen=True)
+class AttentionRun:
+    """One launch of attention: whole prompts that lie end to end, or one later chunk over its own and earlier KV."""
+
+    rows: slice
+    cut: PrefillChunk | None
+    q_bounds: Tensor  # int32 [n + 1]: where each sequence's queries begin
+    k_bounds: Tensor
+    longest_q: int
+    longest_k: int
+
+
+class Batch:
+    """One batch on its way through the layers."""
+
+    def __init__(self, device: CudaPrefill, chunks: Sequence[PrefillChunk], observer: PrefillObserver) -> None:
+        self._prefill = device
+        self.packed = PackedChunks(chunks)
+        place = device.model.device
+        self.token_ids = self.packed.token_ids.to(place)
+        self.positions = self.packed.positions.to(place)
+        self._plans = plan_formats(self.packed, device.staging.page_bytes, device.geometry, place)
+        self._bad_rows = torch.zeros(len(self.token_ids), dtype=torch.uint8, device=place)
+        self._runs = plan_attention(self.packed, place)
+        self._started = torch.cuda.Event(enable_timing=True)
+        self._shipper = Shipper(device, observer, clock_of(device._compute))
+
+    def layer_begins(self, layer_id: int) -> None:
+        self._started = torch.cuda.Event(enable_timing=True)
+        self._started.record()
+
+    def attend(self, layer_id: int, rows: Projected) -> Tensor:
+        """Attention of one layer; its K and V are on their way out before it begins."""
+        q, k, v = self._prefill.model.heads(rows)
+        self._ship(layer_id, k, v)
+        return self._attend(layer_id, q, k, v)
+
+    def ship_rest(self) -> None:
+        """Wait until the last layer's pages are handed on."""
+        self._shipper.finish()
+
+    def _ship(self, layer_id: int, k: Tensor, v: Tensor) -> None:
+        """Encode this layer's blocks on the side stream and copy them into staging pages, a frame's worth each."""
+        kv_ready = torch.cuda.Event(enable_timing=True)
+        kv_ready.record()
+        side, staging = self._prefill._side, self._prefill.staging
+        frames: list[CopiedFrame] = []
+        try:
+            with torch.cuda.stream(side):
+                side.wait_event(kv_ready)
+                for plan in self._plans:
+                    block_bytes = self._prefill.geometry.block_bytes(plan.format)
+                    out = torch.empty((len(plan.blocks), block_bytes), dtype=torch.uint8, device=k.device)
+                    pack_blocks(plan.format.name, k, v, plan.blocks, out, self._bad_rows)
+                    for frame in plan.frames:
+                        if frame.sequence.cancelled or frame.sequence.error:
+                            continue
+                        page = staging.acquire()
+                        frames.append(CopiedFrame(frame, plan.format, page))
+                        blocks = out[frame.first_packed : frame.first_packed + frame.num_blocks].view(-1)
+                        staging.memory[page, : len(blocks)].copy_(blocks, non_blocking=True)
+                bad_rows = torch.empty(self._bad_rows.shape, dtype=torch.uint8, pin_memory=True)
+                bad_rows.copy_(self._bad_rows, non_blocking=True)
+                done = torch.cuda.Event(blocking=True)
+                done.record()
+            # The allocator is not to give K and V, which the compute stream made, to anyone before the side stream has
+            # read them.
+            for tensor in (k, v):
+                tensor.record_stream(side)
+        except BaseException:
+            for copied in frames:
+                staging.release(copied.page)
+            raise
+        self._shipper.submit(LayerCopies(layer_id, self._started, kv_ready, done, frames, bad_rows))
+
+    def _attend(self, layer_id: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        outs = [self._attend_run(layer_id, run, q[run.rows], k[run.rows], v[run.rows]) for run in self._runs]
+        return torch.cat(outs) if len(outs) > 1 else outs[0]
+
+    def _attend_run(self, layer_id: int, run: AttentionRun, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        history = run.cut.sequence.history if run.cut else None
+        if run.cut is not None and history is not None:
+            history.k[layer_id, run.cut.start : run.cut.end] = k
+            history.v[layer_id, run.cut.start : run.cut.end] = v
+            k, v = history.k[layer_id, : run.cut.end], history.v[layer_id, : run.cut.end]
+        return packed_attention(q, k, v, run)
+
+
+class Shipper:
+    """The thread that waits for one batch's copies, layer by layer, and hands the pages to the observer."""
+
+    def __init__(self, device: CudaPrefill, observer: PrefillObserver, clock: "DeviceClock") -> None:
+        self._staging = device.staging
+        self._geometry = device.geometry
+        self._observer = observer
+        self._clock = clock
+        self._layers: SimpleQueue[LayerCopies | None] = SimpleQueue()
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="shipper", daemon=True)
+        self._thread.start()
+
+    def submit(self, copies: LayerCopies) -> None:
+        self._layers.put(copies)
+
+    def finish(self) -> None:
+        """Wait for everything submitted. Raises what the device did."""
+        self._layers.put(None)
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self) -> None:
+        while (copies := self._layers.get()) is not None:
+            try:
+                copies.done.synchronize()
+                self._hand_on(copies)
+            except Exception as error:
+                self._failure = self._failure or error
+                for copied in copies.frames:
+                    self._staging.release(copied.page)
+
+    def _hand_on(self, copies: LayerCopies) -> None:
+        started_s, kv_ready_s = self._clock.time_of(copies.started), self._clock.time_of(copies.kv_ready)
+        self._observer.layer_computed(LayerClock(copies.layer_id, started_s, kv_ready_s))
+        bad_rows = np.flatnonzero(copies.bad_rows.numpy())
+        while copies.frames:
+            copied = copies.frames[0]
+            frame, sequence = copied.frame, copied.frame.sequence
+            bad = bad_rows[(bad_rows >= frame.first_row) & (bad_rows < frame.first_row + frame.num_rows)]
+            if len(bad):
+                position = frame.first_position + int(bad[0]) - frame.first_row
+                sequence.error = sequence.error or non_finite(copies.layer_id, position)
+            if sequence.cancelled or sequence.error:
+                self._staging.release(copied.page)
+            else:
+                self._observer.blocks_encoded(self._encoded(copies.layer_id, copied))
+            copies.frames.pop(0)
+
+    def _encoded(self, layer_id: int, copied: CopiedFrame) -> EncodedBlocks:
+        frame = copied.frame
+        payload = self._staging.page(copied.page)[: frame.num_blocks * self._geometry.block_bytes(copied.format)]
+        first_block = frame.first_position // copied.format.tokens_per_block
+        return EncodedBlocks(frame.sequence, layer_id, first_block, frame.num_blocks, copied.page, payload)
+
+
+@dataclass(frozen=True)
+class DeviceClock:
+    """The device's events in monotonic seconds of the host."""
+
+    base: torch.cuda.Event
+    base_s: float
+
+    def time_of(self, event: torch.cuda.Event) -> float:
+        """When an event that is over happened."""
+        return self.base_s + 1e-3 * float(self.base.elapsed_time(event))
+
+
+def clock_of(stream: torch.cuda.Stream) -> DeviceClock:
+    """A clock from now on. Waits until the stream is idle, which it is between batches."""
+    base = torch.cuda.Event(enable_timing=True)
+    base.record(stream)
+    base.synchronize()
+    return DeviceClock(base, time.monotonic())
+
+
+def plan_attention(packed: PackedChunks, device: torch.device) -> list[AttentionRun]:
+    """In the order of their rows: each chunk of a cut prompt by itself, whole prompts between them in one launch."""
+    groups: list[list[tuple[PrefillChunk, slice]]] = []
+    for chunk, rows in packed:
+        is_cut = chunk.sequence.history is not None
+        if not is_cut and (chunk.start or not chunk.is_last):
+            raise LocalError("a prompt that is cut into chunks came without a history")
+        if is_cut or not groups or groups[-1][0][0].sequence.history is not None:
+            groups.append([])
+        groups[-1].append((chunk, rows))
+    return [attention_run(group, device) for group in groups]
+
+
+def attention_run(group: Sequence[tuple[PrefillChunk, slice]], device: torch.device) -> AttentionRun:
+    chunks = [chunk for chunk, _ in group]
+    cut = chunks[0] if chunks[0].sequence.history is not None else None
+    q_lengths, k_lengths = [c.num_tokens for c in chunks], [c.end for c in chunks]
+    q_bounds, k_bounds = (
+        torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)).to(device) for lengths in (q_lengths, k_lengths)
+    )
+    rows = slice(group[0][1].start, group[-1][1].stop)
+    return AttentionRun(rows, cut, q_bounds, k_bounds, max(q_lengths), max(k_lengths))
+
+
+def plan_formats(packed: PackedChunks, page_bytes: int, geometry: KVGeometry, device: torch.device) -> list[FormatPlan]:
+    """Which blocks each format's launch makes of a batch, and into which frames they go."""
+    plans = []
+    for fmt in dict.fromkeys(c.sequence.format for c, _ in packed):
+        if fmt is None:
+            continue
+        frames: list[Frame] = []
+        blocks: list[tuple[int, int]] = []
+        frame_tokens = page_bytes // geometry.block_bytes(fmt) * fmt.tokens_per_block
+        for chunk, rows in packed:
+            if chunk.sequence.format is not fmt:
+                continue
+            for first in range(rows.start, rows.stop, frame_tokens):
+                num_rows = min(frame_tokens, rows.stop - first)
+                position = chunk.start + first - rows.start
+                num_blocks = fmt.num_blocks(num_rows)
+                frames.append(Frame(chunk.sequence, first, num_rows, position, len(blocks), num_blocks))
+                blocks += [
+                    (first + start, min(fmt.tokens_per_block, num_rows - start))
+                    for start in range(0, num_rows, fmt.tokens_per_block)
+                ]
+        plans.append(FormatPlan(fmt, torch.tensor(blocks, dtype=torch.int32).to(device), tuple(frames)))
+    return plans
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, run: AttentionRun) -> Tensor:
+    """Causal attention within each sequence of a run, aligned to its last key.
+
+    q [T, num_heads, head_dim], k and v [S, num_kv_heads, head_dim]. Returns [T, num_heads, head_dim].
+    """
+    if q.dtype == torch.float32:  # flash attention computes in 16 bits
+        q_edges, k_edges = run.q_bounds.tolist(), run.k_bounds.tolist()
+        spans = zip(pairwise(q_edges), pairwise(k_edges), strict=True)
+        return torch.cat([causal_attention(q[a:b], k[c:d], v[c:d]) for (a, b), (c, d) in spans])
+    out: Tensor = torch.ops.aten._flash_attention_forward(
+        q, k, v, run.q_bounds, run.k_bounds, run.longest_q, run.longest_k, 0.0, True, False
+    )[0]
+    return out
