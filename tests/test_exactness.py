@@ -1,4 +1,6 @@
-"""Token for token against transformers: fp32 on both nodes, two real daemons, in by REST and out by REST."""
+"""Token for token against transformers: fp32 on both nodes, two real daemons, in by REST and out by REST; on a CPU and,
+where there is one, on a GPU.
+"""
 
 import base64
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import write_checkpoint
-from daemons import DecodeDaemon, PrefillDaemon, running
+from daemons import DecodeDaemon, PrefillDaemon, needs_gpu, running
 
 VOCAB = 320
 PROMPT_TOKENS = (1, 2, 7, 8, 9, 31, 32, 33, 63, 64, 65, 129, 300, 600)
@@ -42,13 +44,20 @@ class Setup:
             return self.reference(token_ids).logits[0, len(prompt) - 1 : -1]
 
 
-@pytest.fixture(scope="module", params=SHAPES)
+ON_A_GPU = [  # its kernels know head_dim 64 and 128
+    pytest.param((shape, "cuda:0"), id=f"{shape}-gpu", marks=needs_gpu) for shape in SHAPES if "dim32" not in shape
+]
+
+
+@pytest.fixture(scope="module", params=[*(pytest.param((shape, "cpu"), id=shape) for shape in SHAPES), *ON_A_GPU])
 def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
+    shape, device = request.param
     directory = tmp_path_factory.mktemp("model")
-    reference = write_checkpoint(directory, vocab=VOCAB, **SHAPES[request.param])
-    decode = DecodeDaemon(directory, precision="fp32", arena_bytes="64M")
-    whole = PrefillDaemon(directory, [decode], precision="fp32")
-    chunked = PrefillDaemon(directory, [decode], precision="fp32", max_batch_tokens=CHUNK_TOKENS)
+    reference = write_checkpoint(directory, vocab=VOCAB, **SHAPES[shape])
+    flags = {"precision": "fp32", "device": device}
+    decode = DecodeDaemon(directory, arena_bytes="64M", **flags)
+    whole = PrefillDaemon(directory, [decode], **flags)
+    chunked = PrefillDaemon(directory, [decode], max_batch_tokens=CHUNK_TOKENS, **flags)
     with running(decode, whole, chunked):
         yield Setup(reference, {"whole": whole, "chunked": chunked})
         decode.wait_until_empty()

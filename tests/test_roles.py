@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hmad.compute.batch import DecodeBatch
 from hmad.compute.device import KVHistory, Outcome, PrefillChunk, PrefillObserver, PrefillResult, PrefillSequence
 from hmad.compute.sequence import DecodeSequence
-from hmad.facts.errors import LocalError
+from hmad.facts.errors import DeviceFault, LocalError
 from hmad.facts.formats import FORMATS, KVGeometry, negotiate, preferred_formats
 from hmad.facts.sampling import SampledToken, SamplingParams
 from hmad.roles.decode_engine import DecodeEngine, StepOutput
@@ -200,6 +200,79 @@ def test_sequences_join_and_leave_between_steps() -> None:
     device.gate.release()
     engine.stop()
     assert engine.join(PATIENCE_S)
+
+
+class AheadDecode:
+    """A device that runs ahead: token n of a sequence is n. Notes who was in each step and what was known by then."""
+
+    runs_ahead = True
+
+    def __init__(self) -> None:
+        self.steps: list[list[tuple[int, int, int]]] = []  # seed, tokens in the tail, tokens known
+
+    def launch(self, batch: DecodeBatch) -> Callable[[], list[Outcome]]:
+        known = [(s.seed, s.num_tail_tokens, len(s.output_token_ids)) for s in batch.sequences]
+        self.steps.append(known)
+        tokens: list[Outcome] = [SampledToken(num_tail + 1) for _, num_tail, _ in known]
+        return lambda: tokens
+
+
+def test_a_step_is_launched_before_the_last_one_s_tokens_are_known() -> None:
+    device = AheadDecode()
+    reports: Queue[tuple[list[StepOutput], list[DecodeSequence]]] = Queue()
+    engine = DecodeEngine(device, max_batch_size=4, deliver=lambda outputs, left: reports.put((outputs, left)))
+    empty = np.zeros(64, np.int32)
+    stops = DecodeSequence(empty, SamplingParams(9, stop_token_ids=(2,)), 1, (), FORMATS["bf16"], empty, [0])
+    engine.join_batch([stops, choice(2, 4)])
+    engine.start()
+    told: list[str] = []
+    while sum(entry.startswith("left") for entry in told) < 2:
+        outputs, left = reports.get(timeout=PATIENCE_S)
+        told += [f"{o.sequence.seed}: {o.token and o.token.token_id} {o.finish_reason}" for o in outputs]
+        told += [f"left {sequence.seed}" for sequence in left]
+    engine.stop()
+    assert engine.join(PATIENCE_S)
+    # Steps 1 and 2 know but the first token. Step 3 is launched before the stop token of step 2 is known; sequence 1 is
+    # in it, and leaves only when it is done. Sequence 2 ends by its length, which is known ahead: there is no step 4.
+    assert device.steps == [[(1, 0, 1), (2, 0, 1)], [(1, 1, 1), (2, 1, 1)], [(1, 2, 2), (2, 2, 2)]]
+    assert told == ["1: 1 None", "2: 1 None", "1: 2 stop", "2: 2 None", "2: 3 length", "left 1", "left 2"]
+
+
+def test_what_is_dropped_leaves_when_the_step_in_flight_is_done() -> None:
+    device = AheadDecode()
+    reports: Queue[tuple[list[StepOutput], list[DecodeSequence]]] = Queue()
+    engine = DecodeEngine(device, max_batch_size=4, deliver=lambda outputs, left: reports.put((outputs, left)))
+    dropped, goes_on = choice(1, 1 << 20), choice(2, 1 << 20)
+    engine.join_batch([dropped, goes_on])
+    engine.start()
+    reports.get(timeout=PATIENCE_S)
+    engine.drop([dropped])
+    cancelled_at = left_at = None
+    for number in range(1 << 20):
+        outputs, left = reports.get(timeout=PATIENCE_S)
+        if cancelled_at is not None and not left:
+            assert dropped not in [output.sequence for output in outputs]
+        if any(output.finish_reason == "cancelled" for output in outputs):
+            cancelled_at = number
+        if left:
+            assert left == [dropped]
+            left_at = number
+            break
+    assert cancelled_at is not None
+    assert left_at is not None
+    assert cancelled_at < left_at  # the step in flight still had it
+    engine.stop()
+    assert engine.join(PATIENCE_S)
+
+
+def test_a_lost_device_ends_the_engine_even_without_work() -> None:
+    died = Queue[bool]()
+    engine = DecodeEngine(AheadDecode(), max_batch_size=4, deliver=lambda outputs, left: None)
+    engine.on_death = lambda: died.put(True)
+    engine.start()
+    engine.fail(DeviceFault("an illegal access"))
+    assert died.get(timeout=PATIENCE_S)
+    assert "an illegal access" in str(engine.failure)
 
 
 def test_a_step_that_fails_fails_its_sequences() -> None:

@@ -1,0 +1,412 @@
+"""The CUDA devices beside the CPU's, whose numerics they share: skipped where there is no GPU."""
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from daemons import DecodeDaemon, PrefillDaemon, needs_gpu, running
+from openai import OpenAI
+
+from hmad.compute.arena import Arena
+from hmad.compute.codecs import decode
+from hmad.compute.cpu import CpuDecode, CpuPrefill
+from hmad.compute.device import (
+    DecodeDevice,
+    EncodedBlocks,
+    LayerClock,
+    PrefillChunk,
+    PrefillDevice,
+    PrefillObserver,
+    PrefillSequence,
+)
+from hmad.compute.landing import HostLane
+from hmad.compute.loading import load_model
+from hmad.compute.sequence import DecodeSequence, Segment, tail_tokens
+from hmad.compute.staging import StagingPool
+from hmad.facts.errors import LocalError, NonFiniteKVError
+from hmad.facts.formats import FORMATS, KVFormat, KVGeometry
+from hmad.facts.sampling import SampledToken, SamplingParams
+from hmad.roles.decode_engine import DecodeEngine, StepOutput
+
+pytestmark = needs_gpu
+
+CHECKPOINT = Path(__file__).parent.parent / "scripts" / "checkpoint"
+GEOMETRY = KVGeometry(6, 2, 64)
+PAGE_BYTES = 3 * GEOMETRY.slot_bytes
+NUM_SLOTS = 200
+PATIENCE_S = 60.0
+VOCAB = 4096
+# Relative error of K, V and logits between the devices: both round alike, and add up in other orders.
+CLOSE = {"fp32": 1e-4, "bf16": 0.02, "int8": 0.03, "fp8": 0.05, "bfp8": 0.03}
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(4, 4000, length).tolist()
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.float() - expected.float()).norm() / expected.float().norm())
+
+
+class Prefilled:
+    """Prompts through a device: every block it emits, in order, and the first tokens."""
+
+    def __init__(self, device: PrefillDevice, staging: StagingPool) -> None:
+        self.device, self.staging = device, staging
+        self.blocks: dict[tuple[PrefillSequence, int, int], np.ndarray] = {}
+        self.clocks: list[LayerClock] = []
+
+    def keep(self, blocks: EncodedBlocks) -> None:
+        tokens = blocks.num_blocks
+        for number, payload in enumerate(blocks.payload.reshape(tokens, -1)):
+            self.blocks[blocks.sequence, blocks.layer_id, blocks.first_block + number] = payload.copy()
+        self.staging.release(blocks.page)
+
+    def run(self, *chunks: PrefillChunk) -> dict[PrefillSequence, list[SampledToken]]:
+        return self.device.prefill(chunks, PrefillObserver(self.keep, self.clocks.append)).first_tokens
+
+    def raw(self, sequence: PrefillSequence, layer_id: int) -> np.ndarray:
+        """uint8 [num_blocks, block_bytes]"""
+        assert sequence.format is not None
+        num_blocks = sequence.format.num_blocks(len(sequence.prompt_token_ids))
+        return np.stack([self.blocks[sequence, layer_id, number] for number in range(num_blocks)])
+
+
+def prefiller(device: str, precision: str, pages: int = 64) -> Prefilled:
+    model = load_model(CHECKPOINT, precision, device=device)
+    staging = StagingPool(pages * PAGE_BYTES, PAGE_BYTES, pinned=device != "cpu")
+    if device == "cpu":
+        return Prefilled(CpuPrefill(model, GEOMETRY, staging), staging)
+    from hmad.compute.cuda_prefill import CudaPrefill
+
+    return Prefilled(CudaPrefill(model, GEOMETRY, staging), staging)
+
+
+def sequence_of(prompt: Sequence[int], fmt: KVFormat | None, **params: Any) -> PrefillSequence:
+    return PrefillSequence(prompt, SamplingParams(max_tokens=8, temperature=0.0, want_logits=True, **params), (7,), fmt)
+
+
+@pytest.mark.parametrize("precision", CLOSE)
+def test_a_packed_batch_gives_the_cpu_s_blocks_and_tokens(precision: str) -> None:
+    kv = FORMATS[{"fp8": "fp8_e4m3"}.get(precision, precision)]
+    kept = {}
+    for device in ("cpu", "cuda"):
+        prefilled = prefiller(device, precision)
+        sequences = [sequence_of(prompt_of(n, n), kv) for n in (1, 33, 200)]
+        tokens = prefilled.run(*(PrefillChunk(s, s.num_remaining) for s in sequences))
+        kept[device] = (prefilled, sequences, [tokens[s][0] for s in sequences])
+    for ours, theirs in zip(kept["cuda"][1], kept["cpu"][1], strict=True):
+        for layer_id in range(GEOMETRY.num_layers):
+            raw = [kept[d][0].raw(s, layer_id) for d, s in (("cuda", ours), ("cpu", theirs))]
+            values = [decode(kv, torch.from_numpy(r), len(ours.prompt_token_ids), 2, 64) for r in raw]
+            for actual, expected in zip(*values, strict=True):
+                assert relative_error(actual, expected) < CLOSE[precision]
+    for ours, theirs in zip(kept["cuda"][2], kept["cpu"][2], strict=True):
+        logits = [torch.frombuffer(bytearray(t.logits or b""), dtype=torch.float32) for t in (ours, theirs)]
+        assert relative_error(*logits) < CLOSE[precision]
+    assert [c.layer_id for c in kept["cuda"][0].clocks] == list(range(GEOMETRY.num_layers))
+    assert all(c.started_s <= c.kv_ready_s for c in kept["cuda"][0].clocks)
+    assert kept["cuda"][0].staging.free_pages == 64
+
+
+def test_chunks_of_a_cut_prompt_equal_one_pass() -> None:
+    """Between whole prompts, as the scheduler packs them. By value: attention adds up in another order."""
+    prompt = prompt_of(300)
+    whole, cut = prefiller("cuda", "bf16"), prefiller("cuda", "bf16")
+    alone = sequence_of(prompt, FORMATS["bf16"])
+    [expected] = whole.run(PrefillChunk(alone, 300))[alone]
+    sequence, others = sequence_of(prompt, FORMATS["bf16"]), [sequence_of(prompt_of(40, i), None) for i in range(2)]
+    sequence.history = cut.device.new_history(300)
+    cut.run(PrefillChunk(others[0], 40), PrefillChunk(sequence, 96))
+    cut.run(PrefillChunk(sequence, 128))
+    tokens = cut.run(PrefillChunk(sequence, 76), PrefillChunk(others[1], 40))
+    logits = [
+        torch.frombuffer(bytearray(t.logits or b""), dtype=torch.float32) for t in (tokens[sequence][0], expected)
+    ]
+    assert relative_error(*logits) < CLOSE["bf16"]
+    for layer_id in range(GEOMETRY.num_layers):
+        pair = [
+            decode(FORMATS["bf16"], torch.from_numpy(p.raw(s, layer_id)), 300, 2, 64)
+            for p, s in ((cut, sequence), (whole, alone))
+        ]
+        assert relative_error(pair[0][0], pair[1][0]) < CLOSE["bf16"]
+
+
+def test_full_staging_holds_prefill_up_until_pages_come_back() -> None:
+    prefilled = prefiller("cuda", "bf16", pages=2)
+    waiting: list[EncodedBlocks] = []
+    seen = threading.Semaphore(0)
+    prefilled.keep = lambda blocks: (waiting.append(blocks), seen.release())  # type: ignore[method-assign, assignment]
+    sequence = sequence_of(prompt_of(100), FORMATS["bf16"])
+    thread = threading.Thread(target=prefilled.run, args=[PrefillChunk(sequence, 100)])
+    thread.start()
+    num_frames = GEOMETRY.num_layers * -(-FORMATS["bf16"].num_blocks(100) // 3)
+    for number in range(num_frames):
+        assert seen.acquire(timeout=PATIENCE_S)
+        assert len(waiting) - number <= 2
+        prefilled.staging.release(waiting[number].page)
+    thread.join(PATIENCE_S)
+    assert not thread.is_alive()
+
+
+def test_nan_fails_its_own_sequence_alone() -> None:
+    prefilled = prefiller("cuda", "bf16")
+    model = prefilled.device.model  # type: ignore[attr-defined]
+    model._embedding[5] = float("nan")
+    bad, good = sequence_of([9, 5, 9], FORMATS["int8"]), sequence_of([9, 8, 9], FORMATS["int8"])
+    tokens = prefilled.run(PrefillChunk(bad, 3), PrefillChunk(good, 3))
+    assert isinstance(bad.error, NonFiniteKVError)
+    assert "of layer 0 at position 1" in str(bad.error)
+    assert good.error is None
+    assert set(tokens) == {good}
+    assert prefilled.staging.free_pages == 64
+
+
+# --- decode ---
+
+
+class Decoder:
+    """An engine over an arena that raw prefixes have been put into."""
+
+    def __init__(self, device: str, precision: str = "bf16") -> None:
+        self.model = load_model(CHECKPOINT, precision, device=device)
+        self.arena = Arena(GEOMETRY, NUM_SLOTS * GEOMETRY.num_layers * GEOMETRY.slot_bytes, device)
+        self.arena.bytes.random_(256)  # whatever was here before must not matter
+        self.tail = FORMATS[precision]
+        self.device: DecodeDevice
+        if device == "cpu":
+            self.device = CpuDecode(self.model, self.arena, self.tail, 1)
+        else:
+            from hmad.compute.cuda_decode import CudaDecode
+
+            self.device = CudaDecode(self.model, self.arena, self.tail, 8)
+        self.outputs: Queue[StepOutput] = Queue()
+        self.left: Queue[DecodeSequence] = Queue()
+        self.engine = DecodeEngine(self.device, 8, self._deliver)
+        self.engine.start()
+
+    def _deliver(self, outputs: list[StepOutput], left: list[DecodeSequence]) -> None:
+        for output in outputs:
+            self.outputs.put(output)
+        for sequence in left:
+            self.left.put(sequence)
+
+    def sequence(self, fmt: KVFormat, num_tokens: int, params: SamplingParams, seed: int = 3) -> DecodeSequence:
+        """Random KV, the same on every device."""
+        slots = self.arena.reserve(fmt.num_blocks(num_tokens))
+        from hmad.compute.codecs import encode
+
+        generator = torch.Generator().manual_seed(num_tokens)
+        for layer_id in range(GEOMETRY.num_layers):
+            k, v = torch.randn(2, num_tokens, 2, 64, generator=generator).bfloat16()
+            blocks = encode(fmt, k, v)
+            self.arena.layer(layer_id)[torch.from_numpy(slots).long(), : blocks.shape[1]] = blocks.to(self.model.device)
+        tail = self.arena.reserve(self.tail.num_blocks(tail_tokens(params)))
+        prompt = np.array(prompt_of(num_tokens), np.uint32)
+        return DecodeSequence(prompt, params, seed, (Segment(fmt, num_tokens, slots),), self.tail, tail, [11])
+
+    def decode(self, *sequences: DecodeSequence) -> dict[DecodeSequence, list[SampledToken]]:
+        """Until all have ended and left."""
+        tokens: dict[DecodeSequence, list[SampledToken]] = {s: [] for s in sequences}
+        self.engine.join_batch(sequences)
+        ended = set[DecodeSequence]()
+        while len(ended) < len(sequences):
+            output = self.outputs.get(timeout=PATIENCE_S)
+            assert output.error is None, output.error
+            assert output.sequence not in ended
+            if output.token:
+                tokens[output.sequence].append(output.token)
+            if output.ends:
+                ended.add(output.sequence)
+        for _ in sequences:
+            sequence = self.left.get(timeout=PATIENCE_S)
+            self.arena.release(sequence.prefix[0].slots)
+            self.arena.release(sequence.tail_slots)
+        return tokens
+
+    def close(self) -> None:
+        self.engine.stop()
+        assert self.engine.join(PATIENCE_S)
+        assert self.engine.failure is None, self.engine.failure
+        self.arena.check_integrity([])
+
+
+FORCED = tuple(prompt_of(40, seed=5))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_mixed_formats_and_lengths_say_what_the_cpu_says(precision: str) -> None:
+    """Forced tokens, so that every step's logits can be compared; more sequences than fit, ends at different times."""
+    answers = {}
+    shapes = [(fmt, 1 + 37 * i % 400) for i, fmt in enumerate(list(FORMATS.values()) * 2)]
+    for device in ("cpu", "cuda"):
+        decoder = Decoder(device, precision)
+        sequences = [
+            decoder.sequence(fmt, n, SamplingParams(max_tokens=4 + n % 30, forced_token_ids=FORCED, want_logits=True))
+            for fmt, n in shapes
+        ]
+        tokens = decoder.decode(*sequences)
+        answers[device] = [tokens[s] for s in sequences]
+        decoder.close()
+    for ours, theirs in zip(answers["cuda"], answers["cpu"], strict=True):
+        assert [t.token_id for t in ours] == [t.token_id for t in theirs]
+        for actual, expected in zip(ours, theirs, strict=True):
+            logits = [torch.frombuffer(bytearray(t.logits or b""), dtype=torch.float32) for t in (actual, expected)]
+            assert relative_error(*logits) < 0.03 if precision == "bf16" else 1e-3
+
+
+def test_sampling_of_every_kind_says_what_the_cpu_says() -> None:
+    settings: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 0.8, "top_k": 20, "top_p": 0.9},
+        {"temperature": 1.0, "min_p": 0.05},
+        {"temperature": 0.0, "repetition_penalty": 1.3},
+        {"temperature": 0.7, "presence_penalty": 0.5, "frequency_penalty": 0.4},
+    ]
+    answers = {}
+    for device in ("cpu", "cuda"):
+        decoder = Decoder(device, "fp32")
+        sequences = [
+            decoder.sequence(FORMATS["fp32"], 50 + i, SamplingParams(max_tokens=30, num_logprobs=2, **kind), seed=i)
+            for i, kind in enumerate(settings)
+        ]
+        tokens = decoder.decode(*sequences)
+        answers[device] = [[t.token_id for t in tokens[s]] for s in sequences]
+        decoder.close()
+    assert answers["cuda"] == answers["cpu"]
+
+
+def test_stop_tokens_and_cancels_while_a_step_is_in_flight() -> None:
+    """Slots that are given back at once and taken again must not be written to by a step still under way."""
+    decoder = Decoder("cuda")
+    [free] = decoder.decode(
+        decoder.sequence(FORMATS["int8"], 90, SamplingParams(max_tokens=20, temperature=0.0))
+    ).values()
+    ids = [t.token_id for t in free]
+    stop = next(i for i, token in enumerate(ids) if token not in ids[:i] and i > 3)
+    for _ in range(20):
+        params = SamplingParams(max_tokens=20, temperature=0.0, stop_token_ids=(ids[stop],))
+        [stopped] = decoder.decode(decoder.sequence(FORMATS["int8"], 90, params)).values()
+        assert [t.token_id for t in stopped] == ids[: stop + 1]
+    long = decoder.sequence(FORMATS["bf16"], 64, SamplingParams(max_tokens=300, temperature=0.0))
+    decoder.engine.join_batch([long])
+    decoder.outputs.get(timeout=PATIENCE_S)
+    decoder.engine.drop([long])
+    while decoder.outputs.get(timeout=PATIENCE_S).finish_reason != "cancelled":
+        pass
+    assert decoder.left.get(timeout=PATIENCE_S) is long
+    for slots in (long.prefix[0].slots, long.tail_slots):
+        decoder.arena.release(slots)
+    decoder.close()
+
+
+def test_nan_in_a_step_fails_its_sequence_alone() -> None:
+    decoder = Decoder("cuda")
+    good = decoder.sequence(FORMATS["bf16"], 20, SamplingParams(max_tokens=5, temperature=0.0))
+    bad = decoder.sequence(FORMATS["bf16"], 20, SamplingParams(max_tokens=5, forced_token_ids=(0, 5, 5, 5, 5)))
+    decoder.model._embedding[5] = float("nan")
+    decoder.engine.join_batch([good, bad])
+    errors, finished = {}, set()
+    while len(errors) + len(finished) < 2:
+        output = decoder.outputs.get(timeout=PATIENCE_S)
+        if output.error:
+            errors[output.sequence] = output.error
+        elif output.ends:
+            finished.add(output.sequence)
+    assert finished == {good}
+    assert isinstance(errors[bad], NonFiniteKVError)
+    for sequence in (good, bad):
+        decoder.arena.release(sequence.prefix[0].slots)
+        decoder.arena.release(sequence.tail_slots)
+    decoder.close()
+
+
+# --- landing ---
+
+
+def test_blocks_land_in_their_slots_through_lanes() -> None:
+    from hmad.compute.cuda_landing import CudaLanding
+
+    arena = Arena(GEOMETRY, NUM_SLOTS * GEOMETRY.num_layers * GEOMETRY.slot_bytes, "cuda")
+    arena.bytes.zero_()
+    expected = Arena(GEOMETRY, NUM_SLOTS * GEOMETRY.num_layers * GEOMETRY.slot_bytes)
+    expected.bytes.zero_()
+    freed = threading.Event()
+    failures: list[Exception] = []
+    landing = CudaLanding(arena, 1 << 20, 4 << 20, failures.append)
+    lanes = [landing.open_lane(freed.set) for _ in range(2)]
+    with pytest.raises(LocalError, match="landing memory for one more bulk channel"):
+        landing.open_lane(freed.set)
+    rng = np.random.default_rng(0)
+    for number in range(60):
+        lane, fmt = lanes[number % 2], list(FORMATS.values())[number % 6]
+        slots = rng.permutation(NUM_SLOTS)[: 1 + number % 30].astype(np.int32)
+        if number % 3:
+            slots.sort()
+        first_head, num_heads = ((0, 2), (1, 1), (0, 1))[number % 3]
+        while not lane.is_free:
+            assert freed.wait(PATIENCE_S)
+            freed.clear()
+        payload = rng.integers(0, 256, len(slots) * GEOMETRY.block_bytes(fmt, num_heads), dtype=np.uint8)
+        for where in (lane, HostLane(expected)):
+            start = 0
+            for view in where.place(number % 6, slots, fmt, first_head, num_heads):
+                view[:] = payload[start : start + len(view)].data
+                start += len(view)
+            where.store()
+    stored = threading.Event()
+    landing.when_stored(stored.set)
+    assert stored.wait(PATIENCE_S)
+    assert torch.equal(arena.bytes.cpu(), expected.bytes)
+    lanes[0].close()
+    landing.when_stored(stored.set)
+    landing.close()
+    assert failures == []
+
+
+# --- whole nodes ---
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "int8", "bfp8"])
+def test_both_roles_on_one_gpu_serve_a_real_client(precision: str) -> None:
+    flags = {"device": "cuda:0", "device_memory": "4G"}
+    decode = DecodeDaemon(CHECKPOINT, **flags)
+    prefill = PrefillDaemon(
+        CHECKPOINT, [decode], precision=precision, max_batch_tokens=128, history_bytes="256M", **flags
+    )
+    with running(decode, prefill):
+        client = OpenAI(base_url=f"{prefill.url}/v1", api_key="none", max_retries=0)
+        prompt = "What is module json for?"
+        whole = client.chat.completions.create(
+            model="checkpoint", messages=[{"role": "user", "content": prompt}], temperature=0, max_tokens=40
+        )
+        stream = client.chat.completions.create(
+            model="checkpoint",
+            messages=[{"role": "user", "content": prompt}],
+            temperature=0,
+            max_tokens=40,
+            stream=True,
+        )
+        pieces = [chunk.choices[0].delta.content or "" for chunk in stream]
+        assert "".join(pieces) == whole.choices[0].message.content
+        assert whole.choices[0].message.content
+        many = prefill.complete(
+            [prompt_of(n, n) for n in (1, 130, 400, 33)], max_tokens=30, n=2, temperature=0.7
+        ).choices
+        assert [len(choice["token_ids"]) for choice in many] == [30] * 8
+        assert prefill.status["device"] == "cuda:0"
+        decode.wait_until_empty()
+
+
+def test_too_little_memory_is_told_with_the_sums() -> None:
+    decode = DecodeDaemon(CHECKPOINT, device="cuda:0", device_memory="1G", arena_bytes="2G")
+    decode.start()
+    assert decode.end() == 2
+    assert "may take 1.00 and asks for" in decode.log
+    assert "arena 2.00" in decode.log
+    decode.kill()
