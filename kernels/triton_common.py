@@ -20,6 +20,8 @@ TILE_BYTES = tl.constexpr(1088)  # a bfp8 tile: 64 exponents, then 1,024 values
 HEAD_DIMS = (64, 128)
 DTYPES = (torch.bfloat16, torch.float32)  # what K, V, queries and results may be
 ALIGN_BYTES = 16  # of every row and block: one 128-bit load
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+ROUND_TO_INTEGER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves the nearest integer in the low bits
 
 
 def format_code(format_name: str) -> int:
@@ -38,6 +40,11 @@ def panel_bytes(code: int, head_dim: int) -> int:
 def interprets() -> bool:
     """Whether Triton's interpreter runs the kernels: they are functions of another kind then."""
     return not isinstance(bits_of, triton.JITFunction)
+
+
+def has_e4m3(device: torch.device) -> bool:
+    """Whether a device converts to OCP E4M3 itself: NVIDIA from compute capability 8.9 on."""
+    return not interprets() and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def check_head_dim(head_dim: int) -> None:
@@ -78,10 +85,15 @@ def check_rows(k: torch.Tensor, v: torch.Tensor) -> None:
 
 def check_metadata(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
     """Raise ValueError unless a tensor is contiguous int32 of this shape; -1 stands for any size."""
+    check_tensor(name, tensor, torch.int32, shape)
+
+
+def check_tensor(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless a tensor is contiguous, of this dtype and shape; -1 stands for any size."""
     fits = tensor.dim() == len(shape) and all(w in (-1, n) for n, w in zip(tensor.shape, shape, strict=True))
-    if tensor.dtype != torch.int32 or not fits or not tensor.is_contiguous():
+    if tensor.dtype != dtype or not fits or not tensor.is_contiguous():
         raise ValueError(
-            f"{name} must be contiguous int32 {list(shape)}, "
+            f"{name} must be contiguous {str(dtype).removeprefix('torch.')} {list(shape)}, "
             f"not {tensor.dtype} {list(tensor.shape)}, strides {tensor.stride()}"
         )
 
@@ -108,13 +120,69 @@ def to_f32(x):
 
 
 @triton.jit
+def narrowed(x, dtype: tl.constexpr):
+    """Float32 as it is, or rounded to bfloat16, to nearest even."""
+    if dtype == tl.bfloat16:
+        if INTERPRETED:  # its own cast truncates
+            bits = bits_of(x)
+            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+            # A NaN whose payload is in the low bits would round to an infinity or to zero.
+            rounded = tl.where((bits & 0x7FFFFFFF) > INFINITY_BITS, 0x7FC0, rounded).to(tl.uint16)
+            return rounded.to(tl.bfloat16, bitcast=True)
+        else:
+            return x.to(tl.bfloat16)
+    else:
+        return x
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """Float32 rounded to what the type can hold, still float32."""
+    return to_f32(narrowed(x, dtype))
+
+
+@triton.jit
 def store_rounded(pointers, x, mask):
     """Store float32 as it is, or rounded to bfloat16, to nearest even."""
-    if pointers.dtype.element_ty == tl.bfloat16:
-        bits = bits_of(x)
-        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
-        # A NaN whose payload is in the low bits would round to an infinity or to zero.
-        rounded = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded.to(tl.uint32)).to(tl.uint16)
-        tl.store(pointers, rounded.to(tl.bfloat16, bitcast=True), mask=mask)
+    tl.store(pointers, narrowed(x, pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def divide(x, divisors):
+    """x over divisors that are spread over it, correctly rounded for quotients above 2^-100 (quantizing rounds smaller
+    ones to zero).
+
+    Two steps of Markstein's correction of a product with the correctly rounded reciprocal: half the instructions of
+    div_rn, which works out each element's reciprocal and watches for exponents that cannot occur once the divisor is
+    scaled into 1..2 (exactly: by a power of two).
+    """
+    field = bits_of(divisors) & 0x7F800000
+    power = float_of((254 << 23) - field)
+    divisor = divisors * power
+    inverse = tl.broadcast_to(tl.div_rn(tl.full(divisor.shape, 1.0, tl.float32), divisor), x.shape)
+    minus_divisor = tl.broadcast_to(-divisor, x.shape)
+    x = x * power
+    quotient = x * inverse
+    quotient = tl.fma(tl.fma(minus_divisor, quotient, x), inverse, quotient)
+    return tl.fma(tl.fma(minus_divisor, quotient, x), inverse, quotient)
+
+
+@triton.jit
+def to_e4m3(x, HARDWARE: tl.constexpr, BIAS: tl.constexpr = 7):
+    """Float32 rounded to E4M3, ties to even, saturating; as bytes. The OCP format has bias 7 and ends at 448; AMD's
+    fnuz, of bias 8 and always made by hand, ends at 240 and has no negative zero."""
+    if HARDWARE and BIAS == 7:
+        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     else:
-        tl.store(pointers, x, mask=mask)
+        bits = bits_of(x)
+        magnitude = bits & 0x7FFFFFFF
+        normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - ((127 - BIAS) << 3)
+        normal = tl.minimum(normal, 0x7E if BIAS == 7 else 0x7F)
+        size = float_of(magnitude)
+        # Subnormal numbers are 2^(-2 - BIAS) apart.
+        subnormal = bits_of(size + 2.0 ** (21 - BIAS)) & 0xF
+        encoded = tl.where(size < 2.0 ** (1 - BIAS), subnormal, normal)
+        sign = (bits >> 24) & 0x80
+        if BIAS == 8:
+            sign = tl.where(encoded == 0, 0, sign)
+        return (encoded | sign).to(tl.uint8)

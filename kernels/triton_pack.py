@@ -17,6 +17,7 @@ from hmad_kernels.triton_common import (
     INFINITY_BITS,
     INT8,
     MXFP8,
+    ROUND_TO_INTEGER,
     TILE_BYTES,
     TOKENS_PER_BLOCK,
     bits_of,
@@ -24,18 +25,18 @@ from hmad_kernels.triton_common import (
     check_metadata,
     check_place,
     check_rows,
+    divide,
     float_of,
     format_code,
-    interprets,
+    has_e4m3,
     panel_bytes,
     store_rounded,
+    to_e4m3,
     to_f32,
 )
 
 ROWS = 32  # tokens of a program: one block of the 8-bit formats, several of the others
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
-ROUND_TO_INTEGER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-ROUND_TO_E4M3_SUBNORMAL = tl.constexpr(16384.0)  # the same in steps of 2^-9, the spacing of E4M3 subnormals
 
 
 def pack_blocks(
@@ -85,11 +86,6 @@ def pack_constants(code: int, head_dim: int, *, hardware_e4m3: bool) -> dict[str
         "NUM_ROWS": ROWS,
         "HARDWARE_E4M3": hardware_e4m3,
     }
-
-
-def has_e4m3(device: torch.device) -> bool:
-    """Whether a device converts to OCP E4M3 itself: NVIDIA from compute capability 8.9 on."""
-    return not interprets() and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _check(
@@ -170,12 +166,12 @@ def _encode(
         scale = tl.div_rn(float_of(peak), tl.full(t.shape, LARGEST, tl.float32))
         tiny = scale < SMALLEST_NORMAL
         scale = tl.where(tiny, 1.0, scale)
-        scaled = _divide_rows(x, scale)
+        scaled = divide(x, scale[:, None])
         if FORMAT == INT8:  # of a tiny row, everything rounds to zero
             encoded = (bits_of(scaled + ROUND_TO_INTEGER) & 0xFF).to(tl.uint8)
         else:
             signed = float_of((bits_of(scaled) & 0x7FFFFFFF) | (bits_of(x) & 0x80000000))  # -0 lost its sign
-            encoded = _to_e4m3(tl.where(tiny[:, None], 0.0, signed), HARDWARE_E4M3)
+            encoded = to_e4m3(tl.where(tiny[:, None], 0.0, signed), HARDWARE_E4M3)
         tl.store(panel[:, None] + place, encoded, mask=stored)
         tl.store((panel + 32 * HEAD_DIM).to(tl.pointer_type(tl.float32)) + t, scale, mask=exists)
     elif FORMAT == MXFP8:
@@ -183,7 +179,7 @@ def _encode(
         exponent = tl.max(grouped, axis=2) >> 23
         field = tl.maximum(exponent - 8, 0)  # 448 = 1.75 * 2^8; subnormals have field 0
         inverse = tl.broadcast_to(float_of((254 - field) << 23)[:, :, None], grouped.shape)
-        encoded = _to_e4m3(x * tl.reshape(inverse, x.shape), HARDWARE_E4M3)
+        encoded = to_e4m3(x * tl.reshape(inverse, x.shape), HARDWARE_E4M3)
         tl.store(panel[:, None] + place, encoded, mask=stored)
         groups = tl.arange(0, HEAD_DIM // 32)
         scales = panel[:, None] + 32 * HEAD_DIM + t[:, None] * (HEAD_DIM // 32) + groups[None, :]
@@ -203,41 +199,6 @@ def _encode(
         exponents = halves // 2 * TILE_BYTES + halves % 2 * 16
         inside = t // 16 * 32 + t % 16
         tl.store(panel[:, None] + inside[:, None] + exponents[None, :], shared.to(tl.uint8), mask=stored)
-
-
-@triton.jit
-def _divide_rows(x, divisors):
-    """Each row over its divisor, correctly rounded for quotients above 2^-100 (the formats round smaller ones to zero).
-
-    Two steps of Markstein's correction of a product with the correctly rounded reciprocal: half the instructions of
-    div_rn, which works out each element's reciprocal and watches for exponents that cannot occur once the divisor is
-    scaled into 1..2 (exactly: by a power of two).
-    """
-    field = bits_of(divisors) & 0x7F800000
-    power = float_of((254 << 23) - field)
-    divisor = (divisors * power)[:, None]
-    inverse = tl.div_rn(tl.full(power.shape, 1.0, tl.float32), divisors * power)[:, None]
-    x = x * power[:, None]
-    minus_divisor = tl.broadcast_to(-divisor, x.shape)
-    inverse = tl.broadcast_to(inverse, x.shape)
-    quotient = x * inverse
-    quotient = tl.fma(tl.fma(minus_divisor, quotient, x), inverse, quotient)
-    return tl.fma(tl.fma(minus_divisor, quotient, x), inverse, quotient)
-
-
-@triton.jit
-def _to_e4m3(x, HARDWARE: tl.constexpr):
-    """Float32 rounded to E4M3, ties to even, saturating at 448; as bytes."""
-    if HARDWARE:
-        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-    else:
-        bits = bits_of(x)
-        magnitude = bits & 0x7FFFFFFF
-        normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)  # exponent bias 127 -> 7
-        normal = tl.minimum(normal, 0x7E)
-        size = float_of(magnitude)
-        subnormal = bits_of(size + ROUND_TO_E4M3_SUBNORMAL) & 0xF
-        return (tl.where(size < 2.0**-6, subnormal, normal) | ((bits >> 24) & 0x80)).to(tl.uint8)
 
 
 @triton.jit

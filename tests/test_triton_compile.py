@@ -13,11 +13,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hmad_kernels import triton_append, triton_attention, triton_pack
+from hmad_kernels import triton_append, triton_attention, triton_pack, triton_rope, triton_rows
 from hmad_kernels.triton_append import APPEND_OPTIONS, append_constants
 from hmad_kernels.triton_attention import attend_constants, merge_constants, tuning_for
 from hmad_kernels.triton_common import FORMAT_NAMES, format_code
 from hmad_kernels.triton_pack import ROWS, pack_constants, pack_options
+from hmad_kernels.triton_rope import ROPE_OPTIONS, rope_constants
+from hmad_kernels.triton_rows import PIECE, PIECE_WARPS, row_constants, row_options, row_warps, silu_constants
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 CAPABILITIES: dict[str, tuple[int, int] | None] = {
@@ -32,9 +34,21 @@ VALUE_BYTES = {"fp32": 4, "bf16": 2} | dict.fromkeys(("int8", "fp8_e4m3", "mxfp8
 POINTERS = {
     "k": "bf16", "v": "bf16", "q": "bf16", "out": "u8", "blocks": "i32", "bad_rows": "u8", "slots": "i32",
     "slot_ids": "i32", "offsets": "i32", "items": "i32", "seq_items": "i32", "block_table": "i32",
-    "partial_values": "fp32", "partial_stats": "fp32",
+    "partial_values": "fp32", "partial_stats": "fp32", "x": "bf16", "delta": "bf16", "weight": "bf16",
+    "gate_up": "bf16", "scales": "fp32", "acc": "i32", "row_scales": "fp32", "column_scales": "fp32", "qkv": "bf16",
+    "q_weight": "bf16", "k_weight": "bf16", "rope_table": "bf16", "positions": "i64",
 }  # fmt: skip
-ALIGNED = {"slot_words", "out_stride", "k_token_stride", "k_head_stride", "v_token_stride", "v_head_stride"}
+FLOAT_SCALARS = {"log2_scale", "eps"}
+ALIGNED = {
+    "slot_words",
+    "out_stride",
+    "k_token_stride",
+    "k_head_stride",
+    "v_token_stride",
+    "v_head_stride",
+    "slot_bytes",
+    "num_values",
+}
 ALWAYS = {
     ("sm_90", 128, name) for name in FORMAT_NAMES
 } | {(arch, 128, name) for arch in ("sm_80", "gfx942") for name in ("fp8_e4m3", "bfp8")}  # fmt: skip
@@ -68,11 +82,13 @@ def compiled(kernel: Any, arch: str, constants: dict[str, Any], options: dict[st
     arguments = kernel.arg_names
     signature = {}
     for name in arguments:
-        scalar = "fp32" if name == "log2_scale" else "i32"
+        scalar = "fp32" if name in FLOAT_SCALARS else "i32"
         signature[name] = "constexpr" if name in constants else f"*{types[name]}" if name in types else scalar
     aligned = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate(arguments) if name in types or name in ALIGNED
-    }  # fmt: skip
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(arguments)
+        if name not in constants and (name in types or name in ALIGNED)
+    }
     return triton.compile(ASTSource(kernel, signature, constants, aligned), target=target_of(arch), options=options)
 
 
@@ -154,3 +170,83 @@ def test_no_conversion_to_e4m3_that_sm_80_lacks(tmp_path: Path) -> None:
     )
     assert "E4M3" not in by_hand
     assert "E4M3" in by_hardware
+
+
+EMITTED = {"plain": "bf16", "int8": "i8", "e4m3": "u8", "e4m3_fnuz": "u8"}  # in the order of their codes
+ROW_WIDTHS = (4096, 5120, 25600, 32768)  # hidden sizes of Qwen3-8B and 32B, an intermediate size, and the largest
+ROW_VARIANTS = [
+    pytest.param(
+        arch, width, emitted, marks=() if arch == "sm_90" and width in (4096, 25600) else pytest.mark.every_target
+    )
+    for arch in CAPABILITIES
+    for width in ROW_WIDTHS
+    for emitted in EMITTED
+    # MI300 multiplies its own E4M3, and sm_80 none.
+    if emitted in ("plain", "int8", {"gfx942": "e4m3_fnuz", "sm_80": None}.get(arch, "e4m3"))
+]
+every_row = pytest.mark.parametrize(("arch", "width", "emitted"), ROW_VARIANTS)
+every_arch = pytest.mark.parametrize(
+    "arch", [pytest.param(arch, marks=() if arch == "sm_90" else pytest.mark.every_target) for arch in CAPABILITIES]
+)
+
+
+def emitting(arch: str, emitted: str) -> dict[str, Any]:
+    """Arguments of ``row_constants``."""
+    capability = CAPABILITIES[arch]
+    return {"emit": list(EMITTED).index(emitted), "hardware_e4m3": capability is not None and capability >= (8, 9)}
+
+
+def assert_rows_compile(
+    kernel: Any, arch: str, emitted: str, constants: dict[str, Any], num_warps: int, column_bytes: int, directory: Path
+) -> None:
+    """``column_bytes`` is the payload of a column; loads of columns past the last may be left out."""
+    constants = constants | ({"scales": None} if "scales" in kernel.arg_names and emitted == "plain" else {})
+    binary = compiled(kernel, arch, constants, row_options(num_warps), out=EMITTED[emitted])
+    assert_no_spills(binary, arch, directory)
+    if CAPABILITIES[arch] is not None:
+        block = constants["BLOCK"]
+        width = min(constants.get("WIDTH", block), block)
+        assert width * column_bytes <= wide_load_bytes(binary, directory) <= block * column_bytes
+
+
+@every_row
+def test_norms_compile(arch: str, width: int, emitted: str, tmp_path: Path) -> None:
+    constants, num_warps = row_constants(width, **emitting(arch, emitted)), row_warps(width)
+    column_bytes = 3 * 2  # x, delta and the weight, in bfloat16
+    assert_rows_compile(triton_rows._add_rms_norm_kernel, arch, emitted, constants, num_warps, column_bytes, tmp_path)
+
+
+@every_row
+def test_silu_compiles(arch: str, width: int, emitted: str, tmp_path: Path) -> None:
+    constants = silu_constants(width, **emitting(arch, emitted))
+    num_warps = PIECE_WARPS if emitted == "plain" else row_warps(width)
+    assert_rows_compile(triton_rows._silu_mul_kernel, arch, emitted, constants, num_warps, 2 * 2, tmp_path)
+
+
+@every_arch
+@pytest.mark.parametrize("emitted", ["int8", "e4m3"])
+def test_quantizing_compiles(arch: str, emitted: str, tmp_path: Path) -> None:
+    constants, num_warps = row_constants(4096, **emitting(arch, emitted)), row_warps(4096)
+    assert_rows_compile(triton_rows._quantize_kernel, arch, emitted, constants, num_warps, 2, tmp_path)
+
+
+@every_arch
+def test_what_goes_by_pieces_compiles(arch: str, tmp_path: Path) -> None:
+    for kernel, constants, column_bytes in (
+        (triton_rows._round_bfp8_kernel, {}, 2),
+        (triton_rows._scale_int32_kernel, {"WIDTH": 25600}, 4 + 4),
+    ):
+        constants = constants | {"BLOCK": PIECE}
+        assert_rows_compile(kernel, arch, "plain", constants, PIECE_WARPS, column_bytes, tmp_path)
+
+
+@every_arch
+@pytest.mark.parametrize("tail", [None, "bf16", "fp32"])
+def test_rotating_compiles(arch: str, tail: str | None, tmp_path: Path) -> None:
+    constants: dict[str, Any] = rope_constants(128, None if tail is None else format_code(tail))
+    if tail is None:
+        constants |= dict.fromkeys(("slots", "slot_ids", "offsets", "bad_rows"))
+    binary = compiled(triton_rope._norm_rope_kernel, arch, constants, ROPE_OPTIONS, slots="u8", bad_rows="u8")
+    assert_no_spills(binary, arch, tmp_path)
+    if CAPABILITIES[arch] is not None:
+        assert wide_load_bytes(binary, tmp_path) >= triton_rope.HEADS_PER_PROGRAM * 128 * 2

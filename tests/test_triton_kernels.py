@@ -1,5 +1,5 @@
-"""The Triton kernels' tests (triton_kernel_cases.py), each way in a process of its own: interpreted and compiled
-kernels cannot live in one."""
+"""The Triton kernels' tests (triton_*_cases.py), each way in a process of its own: interpreted and compiled kernels
+cannot live in one."""
 
 import os
 import re
@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-CASES = Path(__file__).parent / "triton_kernel_cases.py"
+CASES = sorted(map(str, Path(__file__).parent.glob("triton_*_cases.py")))
 
 
 def run_cases(interpreted: bool) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1" if interpreted else "0"}
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", str(CASES)]
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *CASES]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout[-8000:]
     assert re.search(r"\d+ passed in", done.stdout)  # and nothing else, such as skipped
