@@ -23,36 +23,17 @@ SCRIPTS = Path(__file__).parent
 CHECKPOINT = SCRIPTS / "checkpoint"
 READY_S = 120
 
-# Qwen3-0.6B as published: 28 layers, 16 query and 8 KV heads of 128.
-QWEN3_0_6B = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 40960,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000,
-    "tie_word_embeddings": True,
-    "vocab_size": 151936,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "eos_token_id": 2,
-}
-
 
 @contextmanager
-def dummy_model(**changes: Any) -> Iterator[Path]:
-    """A directory with a config.json for dummy weights, and the embedded checkpoint's tokenizer."""
+def dummy_model(name: str = "Qwen3-0.6B", **changes: Any) -> Iterator[Path]:
+    """A directory with a published model's config.json, for dummy weights, and the embedded checkpoint's tokenizer."""
+    config = json.loads((SCRIPTS / "models" / name / "config.json").read_text())
     with tempfile.TemporaryDirectory(prefix="hmad-bench-") as directory:
         path = Path(directory) / "model"
         path.mkdir()
-        (path / "config.json").write_text(json.dumps(QWEN3_0_6B | changes))
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(CHECKPOINT / name, path / name)
+        (path / "config.json").write_text(json.dumps(config | changes))
+        for file_name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(CHECKPOINT / file_name, path / file_name)
         yield path
 
 

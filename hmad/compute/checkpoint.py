@@ -22,6 +22,7 @@ MAX_HEADER_BYTES = 100 << 20  # the limit of the safetensors format
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CPU = torch.device("cpu")
 DUMMY_POOL_VALUES = 4_194_301  # a prime: no row length divides it, so dummy rows differ
 
 
@@ -398,24 +399,26 @@ def _map(path: Path) -> mmap.mmap:
 
 
 class DummyWeights:
-    """Random weights made from config.json and a seed: the same in every precision, at memory speed.
+    """Random weights made from config.json and a seed: the same in every precision and on every device.
 
     Every tensor is a stretch of one pool of random values, scaled so that activations keep their magnitude.
     """
 
-    def __init__(self, config: ModelConfig, seed: int) -> None:
+    def __init__(self, config: ModelConfig, seed: int, device: torch.device) -> None:
         self._shapes = expected_tensors(config)
         self._seed = seed
+        self._device = device
         generator = torch.Generator().manual_seed(seed)
         limit = math.sqrt(3.0)  # uniform within +-sqrt(3) has variance 1
-        self._pool = torch.empty(DUMMY_POOL_VALUES).uniform_(-limit, limit, generator=generator).bfloat16()
+        pool = torch.empty(DUMMY_POOL_VALUES).uniform_(-limit, limit, generator=generator)
+        self._pool = pool.bfloat16().to(device)
 
     def read(self, name: str) -> torch.Tensor:
         shape = self._shapes[name]
         if len(shape) == 1:
-            return torch.ones(shape, dtype=torch.bfloat16)
+            return torch.ones(shape, dtype=torch.bfloat16, device=self._device)
         key = hashlib.sha256(f"{self._seed} {name}".encode()).digest()
-        values = torch.empty(math.prod(shape), dtype=torch.bfloat16)
+        values = torch.empty(math.prod(shape), dtype=torch.bfloat16, device=self._device)
         self._fill(values, int.from_bytes(key[:8], "little") % DUMMY_POOL_VALUES)
         return values.mul_(shape[1] ** -0.5).view(shape)
 
@@ -427,10 +430,12 @@ class DummyWeights:
             filled, start = filled + len(stretch), 0
 
 
-def open_weights(model_dir: Path, config: ModelConfig, load_format: str, seed: int) -> Weights:
-    """``load_format`` safetensors or dummy."""
+def open_weights(
+    model_dir: Path, config: ModelConfig, load_format: str, seed: int, device: torch.device = CPU
+) -> Weights:
+    """``load_format`` safetensors or dummy; only dummy weights are made on the device."""
     if load_format == "dummy":
-        return DummyWeights(config, seed)
+        return DummyWeights(config, seed, device)
     return MappedWeights(model_dir, config)
 
 

@@ -28,5 +28,6 @@ def load_model(
 ) -> Qwen3:
     """The model of a directory; ``load_format`` is safetensors or dummy (random weights of ``seed``)."""
     config = read_config(model_dir)
-    backend = make_backend(precision, torch.device(device))
-    return Qwen3(config, precision, open_weights(model_dir, config, load_format, seed), backend)
+    place = torch.device(device)
+    weights = open_weights(model_dir, config, load_format, seed, place)
+    return Qwen3(config, precision, weights, make_backend(precision, place))
