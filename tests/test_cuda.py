@@ -26,6 +26,7 @@ from hmad.compute.device import (
 )
 from hmad.compute.landing import HostLane
 from hmad.compute.loading import load_model
+from hmad.compute.model import Qwen3
 from hmad.compute.sequence import DecodeSequence, Segment, tail_tokens
 from hmad.compute.staging import StagingPool
 from hmad.facts.errors import LocalError, NonFiniteKVError
@@ -41,8 +42,10 @@ PAGE_BYTES = 3 * GEOMETRY.slot_bytes
 NUM_SLOTS = 200
 PATIENCE_S = 60.0
 VOCAB = 4096
-# Relative error of K, V and logits between the devices: both round alike, and add up in other orders.
-CLOSE = {"fp32": 1e-4, "bf16": 0.02, "int8": 0.03, "fp8": 0.05, "bfp8": 0.03}
+PRECISIONS = ("fp32", "bf16", "int8", "fp8", "bfp8")
+EXACT = 1e-4  # relative error of fp32 on one device against the other
+CLOSE = 0.02  # of bf16 in one pass and in chunks
+AS_GOOD = 1.25  # how much farther from fp32 the GPU may be than the CPU in the same precision
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:
@@ -91,27 +94,42 @@ def sequence_of(prompt: Sequence[int], fmt: KVFormat | None, **params: Any) -> P
     return PrefillSequence(prompt, SamplingParams(max_tokens=8, temperature=0.0, want_logits=True, **params), (7,), fmt)
 
 
-@pytest.mark.parametrize("precision", CLOSE)
-def test_a_packed_batch_gives_the_cpu_s_blocks_and_tokens(precision: str) -> None:
+def prefilled_values(device: str, precision: str, kv: KVFormat) -> list[torch.Tensor]:
+    """K and V of every layer of three prompts in one batch, each as [tokens, heads, head_dim], then their logits."""
+    prefilled = prefiller(device, precision)
+    sequences = [sequence_of(prompt_of(n, n), kv) for n in (1, 33, 200)]
+    tokens = prefilled.run(*(PrefillChunk(s, s.num_remaining) for s in sequences))
+    values: list[torch.Tensor] = []
+    for layer_id in range(GEOMETRY.num_layers):
+        for sequence in sequences:
+            raw = torch.from_numpy(prefilled.raw(sequence, layer_id))
+            values += decode(kv, raw, len(sequence.prompt_token_ids), 2, 64)
+    assert [c.layer_id for c in prefilled.clocks] == list(range(GEOMETRY.num_layers))
+    assert all(c.started_s <= c.kv_ready_s for c in prefilled.clocks)
+    assert prefilled.staging.free_pages == 64
+    return values + [logits_of(tokens[s][0]) for s in sequences]
+
+
+def logits_of(token: SampledToken) -> torch.Tensor:
+    return torch.frombuffer(bytearray(token.logits or b""), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_packed_batch_is_as_exact_as_the_cpu_s(precision: str) -> None:
+    """Both devices round alike, but add up in other orders: what that does to a low precision is chance, how far it
+    leads from fp32 is not.
+    """
     kv = FORMATS[{"fp8": "fp8_e4m3"}.get(precision, precision)]
-    kept = {}
-    for device in ("cpu", "cuda"):
-        prefilled = prefiller(device, precision)
-        sequences = [sequence_of(prompt_of(n, n), kv) for n in (1, 33, 200)]
-        tokens = prefilled.run(*(PrefillChunk(s, s.num_remaining) for s in sequences))
-        kept[device] = (prefilled, sequences, [tokens[s][0] for s in sequences])
-    for ours, theirs in zip(kept["cuda"][1], kept["cpu"][1], strict=True):
-        for layer_id in range(GEOMETRY.num_layers):
-            raw = [kept[d][0].raw(s, layer_id) for d, s in (("cuda", ours), ("cpu", theirs))]
-            values = [decode(kv, torch.from_numpy(r), len(ours.prompt_token_ids), 2, 64) for r in raw]
-            for actual, expected in zip(*values, strict=True):
-                assert relative_error(actual, expected) < CLOSE[precision]
-    for ours, theirs in zip(kept["cuda"][2], kept["cpu"][2], strict=True):
-        logits = [torch.frombuffer(bytearray(t.logits or b""), dtype=torch.float32) for t in (ours, theirs)]
-        assert relative_error(*logits) < CLOSE[precision]
-    assert [c.layer_id for c in kept["cuda"][0].clocks] == list(range(GEOMETRY.num_layers))
-    assert all(c.started_s <= c.kv_ready_s for c in kept["cuda"][0].clocks)
-    assert kept["cuda"][0].staging.free_pages == 64
+    exact = prefilled_values("cpu", "fp32", FORMATS["fp32"])
+    ours, theirs = (prefilled_values(device, precision, kv) for device in ("cuda", "cpu"))
+    if precision == "fp32":
+        assert max(relative_error(a, b) for a, b in zip(ours, exact, strict=True)) < EXACT
+        return
+    errors = [
+        (relative_error(a, e), relative_error(b, e)) for a, b, e in zip(ours, theirs, exact, strict=True) if len(a) > 1
+    ]
+    assert all(our_error < 1.5 * AS_GOOD * their_error for our_error, their_error in errors)
+    assert sum(e for e, _ in errors) < AS_GOOD * sum(e for _, e in errors)
 
 
 def test_chunks_of_a_cut_prompt_equal_one_pass() -> None:
@@ -125,16 +143,14 @@ def test_chunks_of_a_cut_prompt_equal_one_pass() -> None:
     cut.run(PrefillChunk(others[0], 40), PrefillChunk(sequence, 96))
     cut.run(PrefillChunk(sequence, 128))
     tokens = cut.run(PrefillChunk(sequence, 76), PrefillChunk(others[1], 40))
-    logits = [
-        torch.frombuffer(bytearray(t.logits or b""), dtype=torch.float32) for t in (tokens[sequence][0], expected)
-    ]
-    assert relative_error(*logits) < CLOSE["bf16"]
+    logits = [logits_of(t) for t in (tokens[sequence][0], expected)]
+    assert relative_error(*logits) < CLOSE
     for layer_id in range(GEOMETRY.num_layers):
         pair = [
             decode(FORMATS["bf16"], torch.from_numpy(p.raw(s, layer_id)), 300, 2, 64)
             for p, s in ((cut, sequence), (whole, alone))
         ]
-        assert relative_error(pair[0][0], pair[1][0]) < CLOSE["bf16"]
+        assert relative_error(pair[0][0], pair[1][0]) < CLOSE
 
 
 def test_full_staging_holds_prefill_up_until_pages_come_back() -> None:
@@ -154,10 +170,14 @@ def test_full_staging_holds_prefill_up_until_pages_come_back() -> None:
     assert not thread.is_alive()
 
 
+def poison_token(model: Qwen3, token_id: int) -> None:
+    model._head = model._head.clone()  # which is the embedding, too
+    model._embedding[token_id] = float("nan")
+
+
 def test_nan_fails_its_own_sequence_alone() -> None:
     prefilled = prefiller("cuda", "bf16")
-    model = prefilled.device.model  # type: ignore[attr-defined]
-    model._embedding[5] = float("nan")
+    poison_token(prefilled.device.model, 5)  # type: ignore[attr-defined]
     bad, good = sequence_of([9, 5, 9], FORMATS["int8"]), sequence_of([9, 8, 9], FORMATS["int8"])
     tokens = prefilled.run(PrefillChunk(bad, 3), PrefillChunk(good, 3))
     assert isinstance(bad.error, NonFiniteKVError)
@@ -239,25 +259,31 @@ class Decoder:
 FORCED = tuple(prompt_of(40, seed=5))
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_mixed_formats_and_lengths_say_what_the_cpu_says(precision: str) -> None:
-    """Forced tokens, so that every step's logits can be compared; more sequences than fit, ends at different times."""
-    answers = {}
+def forced_logits(device: str, precision: str) -> list[torch.Tensor]:
+    """Logits [steps, vocab] of sequences of every format and many lengths, more of them than decode at once, under
+    teacher forcing.
+    """
+    decoder = Decoder(device, precision)
     shapes = [(fmt, 1 + 37 * i % 400) for i, fmt in enumerate(list(FORMATS.values()) * 2)]
-    for device in ("cpu", "cuda"):
-        decoder = Decoder(device, precision)
-        sequences = [
-            decoder.sequence(fmt, n, SamplingParams(max_tokens=4 + n % 30, forced_token_ids=FORCED, want_logits=True))
-            for fmt, n in shapes
-        ]
-        tokens = decoder.decode(*sequences)
-        answers[device] = [tokens[s] for s in sequences]
-        decoder.close()
-    for ours, theirs in zip(answers["cuda"], answers["cpu"], strict=True):
-        assert [t.token_id for t in ours] == [t.token_id for t in theirs]
-        for actual, expected in zip(ours, theirs, strict=True):
-            logits = [torch.frombuffer(bytearray(t.logits or b""), dtype=torch.float32) for t in (actual, expected)]
-            assert relative_error(*logits) < 0.03 if precision == "bf16" else 1e-3
+    sequences = [
+        decoder.sequence(fmt, n, SamplingParams(max_tokens=4 + n % 30, forced_token_ids=FORCED, want_logits=True))
+        for fmt, n in shapes
+    ]
+    tokens = decoder.decode(*sequences)
+    decoder.close()
+    assert all([t.token_id for t in tokens[s]] == list(FORCED[1 : s.params.max_tokens]) for s in sequences)
+    return [torch.stack([logits_of(t) for t in tokens[s]]) for s in sequences]
+
+
+def test_mixed_formats_and_lengths_say_what_the_cpu_says() -> None:
+    exact, ours = forced_logits("cpu", "fp32"), forced_logits("cuda", "fp32")
+    # 8-bit values meet float16 queries on the GPU.
+    assert max(relative_error(a, b) for a, b in zip(ours, exact, strict=True)) < 5e-3
+    errors = [
+        [relative_error(a, e) for a, e in zip(forced_logits(device, "bf16"), exact, strict=True)]
+        for device in ("cuda", "cpu")
+    ]
+    assert sum(errors[0]) < AS_GOOD * sum(errors[1])
 
 
 def test_sampling_of_every_kind_says_what_the_cpu_says() -> None:
@@ -309,7 +335,7 @@ def test_nan_in_a_step_fails_its_sequence_alone() -> None:
     decoder = Decoder("cuda")
     good = decoder.sequence(FORMATS["bf16"], 20, SamplingParams(max_tokens=5, temperature=0.0))
     bad = decoder.sequence(FORMATS["bf16"], 20, SamplingParams(max_tokens=5, forced_token_ids=(0, 5, 5, 5, 5)))
-    decoder.model._embedding[5] = float("nan")
+    poison_token(decoder.model, 5)
     decoder.engine.join_batch([good, bad])
     errors, finished = {}, set()
     while len(errors) + len(finished) < 2:

@@ -51,6 +51,10 @@ class Frame:
     first_packed: int  # block of the packed output
     num_blocks: int
 
+    @property
+    def end_row(self) -> int:
+        return self.first_row + self.num_rows
+
 
 @dataclass(frozen=True)
 class FormatPlan:
@@ -62,24 +66,24 @@ class FormatPlan:
 
 
 @dataclass(frozen=True)
-class CopiedFrame:
-    """A frame and the page that it is copied into."""
-
-    frame: Frame
-    format: KVFormat
-    page: int
-
-
-@dataclass(frozen=True)
-class LayerCopies:
-    """What the side stream does for one layer; ``done`` is the event after it."""
+class LayerBegun:
+    """A layer of the batch whose K and V are packed."""
 
     layer_id: int
     started: torch.cuda.Event
     kv_ready: torch.cuda.Event
+    packed: torch.cuda.Event  # after it, ``bad_rows`` is here
+    bad_rows: Tensor  # uint8 [rows of the batch], pinned; of this layer and those before
+
+
+@dataclass(frozen=True)
+class CopiedFrame:
+    """A frame of the layer that was begun last, and the page that it is there in after ``done``."""
+
+    frame: Frame
+    format: KVFormat
+    page: int
     done: torch.cuda.Event
-    frames: list[CopiedFrame]
-    bad_rows: Tensor  # uint8 [rows of the batch], pinned
 
 
 class CudaPrefill:
@@ -90,8 +94,8 @@ class CudaPrefill:
         self.geometry = geometry
         self.staging = staging
         self._device = model.device
-        self._compute = torch.cuda.Stream(self._device)
-        self._side = torch.cuda.Stream(self._device)
+        self.compute_stream = torch.cuda.Stream(self._device)
+        self.side_stream = torch.cuda.Stream(self._device)
 
     def new_history(self, num_tokens: int) -> KVHistory:
         return KVHistory(self.geometry, num_tokens, self.model.dtype, self._device)
@@ -106,7 +110,7 @@ class CudaPrefill:
     @torch.inference_mode()
     def prefill(self, chunks: Sequence[PrefillChunk], observer: PrefillObserver) -> PrefillResult:
         """Launch one packed forward pass; while the device computes, ship each layer's blocks as they come."""
-        with fatal_faults(), torch.cuda.stream(self._compute):
+        with fatal_faults(), torch.cuda.stream(self.compute_stream):
             batch = Batch(self, chunks, observer)
             try:
                 hidden = self.model.forward(batch.token_ids, batch.positions, batch.attend, batch.layer_begins)
@@ -160,7 +164,7 @@ class Batch:
         self._bad_rows = torch.zeros(len(self.token_ids), dtype=torch.uint8, device=place)
         self._runs = plan_attention(self.packed, place)
         self._started = torch.cuda.Event(enable_timing=True)
-        self._shipper = Shipper(device, observer, clock_of(device._compute))
+        self._shipper = Shipper(device, observer, clock_of(device.compute_stream))
 
     def layer_begins(self, layer_id: int) -> None:
         self._started = torch.cuda.Event(enable_timing=True)
@@ -180,35 +184,36 @@ class Batch:
         """Encode this layer's blocks on the side stream and copy them into staging pages, a frame's worth each."""
         kv_ready = torch.cuda.Event(enable_timing=True)
         kv_ready.record()
-        side, staging = self._prefill._side, self._prefill.staging
-        frames: list[CopiedFrame] = []
-        try:
-            with torch.cuda.stream(side):
-                side.wait_event(kv_ready)
-                for plan in self._plans:
-                    block_bytes = self._prefill.geometry.block_bytes(plan.format)
-                    out = torch.empty((len(plan.blocks), block_bytes), dtype=torch.uint8, device=k.device)
-                    pack_blocks(plan.format.name, k, v, plan.blocks, out, self._bad_rows)
-                    for frame in plan.frames:
-                        if frame.sequence.cancelled or frame.sequence.error:
-                            continue
-                        page = staging.acquire()
-                        frames.append(CopiedFrame(frame, plan.format, page))
-                        blocks = out[frame.first_packed : frame.first_packed + frame.num_blocks].view(-1)
-                        staging.memory[page, : len(blocks)].copy_(blocks, non_blocking=True)
-                bad_rows = torch.empty(self._bad_rows.shape, dtype=torch.uint8, pin_memory=True)
-                bad_rows.copy_(self._bad_rows, non_blocking=True)
-                done = torch.cuda.Event(blocking=True)
-                done.record()
-            # The allocator is not to give K and V, which the compute stream made, to anyone before the side stream has
-            # read them.
-            for tensor in (k, v):
-                tensor.record_stream(side)
-        except BaseException:
-            for copied in frames:
-                staging.release(copied.page)
-            raise
-        self._shipper.submit(LayerCopies(layer_id, self._started, kv_ready, done, frames, bad_rows))
+        side = self._prefill.side_stream
+        with torch.cuda.stream(side):
+            side.wait_event(kv_ready)
+            outs = [self._pack(plan, k, v) for plan in self._plans]
+            bad_rows = torch.empty(self._bad_rows.shape, dtype=torch.uint8, pin_memory=True)
+            bad_rows.copy_(self._bad_rows, non_blocking=True)
+            packed = recorded()
+            self._shipper.submit(LayerBegun(layer_id, self._started, kv_ready, packed, bad_rows))
+            for plan, out in zip(self._plans, outs, strict=True):
+                for frame in plan.frames:
+                    if not (frame.sequence.cancelled or frame.sequence.error):
+                        self._copy(plan, frame, out)
+        # The allocator is not to give K and V, which the compute stream made, to anyone before the side stream has read
+        # them.
+        for tensor in (k, v):
+            tensor.record_stream(side)
+
+    def _pack(self, plan: FormatPlan, k: Tensor, v: Tensor) -> Tensor:
+        """uint8 [num_blocks, block_bytes]"""
+        block_bytes = self._prefill.geometry.block_bytes(plan.format)
+        out = torch.empty((len(plan.blocks), block_bytes), dtype=torch.uint8, device=k.device)
+        pack_blocks(plan.format.name, k, v, plan.blocks, out, self._bad_rows)
+        return out
+
+    def _copy(self, plan: FormatPlan, frame: Frame, out: Tensor) -> None:
+        """One frame into a page; waits for a page while all are on the wire."""
+        blocks = out[frame.first_packed : frame.first_packed + frame.num_blocks].view(-1)
+        page = self._prefill.staging.acquire()
+        self._prefill.staging.memory[page, : len(blocks)].copy_(blocks, non_blocking=True)
+        self._shipper.submit(CopiedFrame(frame, plan.format, page, recorded()))
 
     def _attend(self, layer_id: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         outs = [self._attend_run(layer_id, run, q[run.rows], k[run.rows], v[run.rows]) for run in self._runs]
@@ -224,60 +229,73 @@ class Batch:
 
 
 class Shipper:
-    """The thread that waits for one batch's copies, layer by layer, and hands the pages to the observer."""
+    """The thread that waits for one batch's copies, in their order, and hands the pages to the observer."""
 
     def __init__(self, device: CudaPrefill, observer: PrefillObserver, clock: "DeviceClock") -> None:
         self._staging = device.staging
         self._geometry = device.geometry
         self._observer = observer
         self._clock = clock
-        self._layers: SimpleQueue[LayerCopies | None] = SimpleQueue()
+        self._jobs: SimpleQueue[LayerBegun | CopiedFrame | None] = SimpleQueue()
+        self._layer_id = 0
+        self._bad_rows = np.empty(0, np.int64)
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="shipper", daemon=True)
         self._thread.start()
 
-    def submit(self, copies: LayerCopies) -> None:
-        self._layers.put(copies)
+    def submit(self, job: LayerBegun | CopiedFrame) -> None:
+        self._jobs.put(job)
 
     def finish(self) -> None:
         """Wait for everything submitted. Raises what the device did."""
-        self._layers.put(None)
+        self._jobs.put(None)
         self._thread.join()
         if self._failure is not None:
             raise self._failure
 
     def _run(self) -> None:
-        while (copies := self._layers.get()) is not None:
+        while (job := self._jobs.get()) is not None:
             try:
-                copies.done.synchronize()
-                self._hand_on(copies)
-            except Exception as error:
+                self._begin(job) if isinstance(job, LayerBegun) else self._hand_on(job)
+            except Exception as error:  # of the device: the batch fails with it
                 self._failure = self._failure or error
-                for copied in copies.frames:
-                    self._staging.release(copied.page)
 
-    def _hand_on(self, copies: LayerCopies) -> None:
-        started_s, kv_ready_s = self._clock.time_of(copies.started), self._clock.time_of(copies.kv_ready)
-        self._observer.layer_computed(LayerClock(copies.layer_id, started_s, kv_ready_s))
-        bad_rows = np.flatnonzero(copies.bad_rows.numpy())
-        while copies.frames:
-            copied = copies.frames[0]
-            frame, sequence = copied.frame, copied.frame.sequence
-            bad = bad_rows[(bad_rows >= frame.first_row) & (bad_rows < frame.first_row + frame.num_rows)]
+    def _begin(self, layer: LayerBegun) -> None:
+        layer.packed.synchronize()
+        started_s, kv_ready_s = self._clock.time_of(layer.started), self._clock.time_of(layer.kv_ready)
+        self._observer.layer_computed(LayerClock(layer.layer_id, started_s, kv_ready_s))
+        self._layer_id = layer.layer_id
+        self._bad_rows = np.flatnonzero(layer.bad_rows.numpy())
+
+    def _hand_on(self, copied: CopiedFrame) -> None:
+        frame, sequence = copied.frame, copied.frame.sequence
+        try:
+            copied.done.synchronize()
+            bad = self._bad_rows[(self._bad_rows >= frame.first_row) & (self._bad_rows < frame.end_row)]
             if len(bad):
                 position = frame.first_position + int(bad[0]) - frame.first_row
-                sequence.error = sequence.error or non_finite(copies.layer_id, position)
-            if sequence.cancelled or sequence.error:
-                self._staging.release(copied.page)
-            else:
-                self._observer.blocks_encoded(self._encoded(copies.layer_id, copied))
-            copies.frames.pop(0)
+                sequence.error = sequence.error or non_finite(self._layer_id, position)
+            is_wanted = not (self._failure or sequence.cancelled or sequence.error)
+        except Exception:
+            self._staging.release(copied.page)
+            raise
+        if is_wanted:
+            self._observer.blocks_encoded(self._encoded(copied))
+        else:
+            self._staging.release(copied.page)
 
-    def _encoded(self, layer_id: int, copied: CopiedFrame) -> EncodedBlocks:
+    def _encoded(self, copied: CopiedFrame) -> EncodedBlocks:
         frame = copied.frame
         payload = self._staging.page(copied.page)[: frame.num_blocks * self._geometry.block_bytes(copied.format)]
         first_block = frame.first_position // copied.format.tokens_per_block
-        return EncodedBlocks(frame.sequence, layer_id, first_block, frame.num_blocks, copied.page, payload)
+        return EncodedBlocks(frame.sequence, self._layer_id, first_block, frame.num_blocks, copied.page, payload)
+
+
+def recorded() -> torch.cuda.Event:
+    """An event after what the current stream has to do so far, to be waited for without spinning."""
+    event = torch.cuda.Event(blocking=True)
+    event.record()
+    return event
 
 
 @dataclass(frozen=True)
