@@ -17,6 +17,7 @@ from hmad.compute.arena import Arena
 from hmad.compute.batch import DecodeBatch
 from hmad.compute.cuda_buffers import Bundle, Field
 from hmad.compute.cuda_faults import fatal_faults
+from hmad.compute.cuda_graphs import Pool, buckets_up_to, captured
 from hmad.compute.cuda_sampler import (
     NO_ROW,
     columns,
@@ -44,13 +45,8 @@ from hmad_kernels.triton_rope import norm_rope_append
 from hmad_kernels.triton_sampling import count_tokens, reset_counts, sample_rows
 
 PROGRAMS_PER_MULTIPROCESSOR = 8
+BUCKET_STEPS = ((4, 1), (64, 8), (128, 16), (1 << 20, 32))  # batch sizes that graphs are captured for
 FORMAT_NAMES = tuple(FORMATS)
-
-
-def buckets_up_to(max_batch_size: int) -> list[int]:
-    """Batch sizes that graphs are captured for: a batch is padded to the next."""
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, max_batch_size, 32)]
-    return [*(size for size in sizes if size < max_batch_size), max_batch_size]
 
 
 @dataclass(frozen=True)
@@ -76,7 +72,7 @@ class CudaDecode:
         self._device = device
         self._tail_format = tail_format
         self._stream = torch.cuda.Stream(device)
-        self._buckets = buckets_up_to(max_batch_size)
+        self._buckets = buckets_up_to(max_batch_size, BUCKET_STEPS)
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         self._num_programs = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
         capacity = self._capacity(max_batch_size)
@@ -108,7 +104,7 @@ class CudaDecode:
         self._logits = torch.empty((max_batch_size, config.vocab_size), dtype=torch.float32, device=device)
         self._counts = torch.zeros((max_batch_size, config.vocab_size), dtype=torch.int32, device=device)
         self._graphs: dict[tuple[int, tuple[str, ...]], torch.cuda.CUDAGraph] = {}
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Pool = torch.cuda.graph_pool_handle()
         self._members: Members | None = None
         self._rows: dict[DecodeSequence, int] = {}  # of the last step
         self._counted: dict[DecodeSequence, int] = {}  # rows of the counts
@@ -252,14 +248,7 @@ class CudaDecode:
         self._inputs.upload()
         self._forward(num_rows, formats)  # compiles kernels, and lets libraries choose theirs
         self._stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        # Other threads go on copying meanwhile: only this one's calls are part of the capture. (torch's context manager
-        # would collect garbage first, and hold up the event loop.)
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        try:
-            self._forward(num_rows, formats)
-        finally:
-            graph.capture_end()
+        graph = captured(lambda: self._forward(num_rows, formats), self._pool)
         self._outputs.on_device["token_ids"].copy_(newest)
         return graph
 
@@ -278,9 +267,9 @@ class CudaDecode:
         hidden = self.model.forward(token_ids, positions, attend)
         logits = self._logits[:num_rows]
         self.model.logits(hidden, out=logits)
-        sampling = device_sampling(arrays, self._counts, num_rows)
+        sampling = device_sampling(arrays, num_rows)
         drawn = outputs["token_ids"][:num_rows]
-        sample_rows(logits, sampling, drawn, outputs["tops"][:num_rows])
+        sample_rows(logits, sampling, self._counts, drawn, outputs["tops"][:num_rows])
         count_tokens(self._counts, sampling.counts_row, drawn)
 
     def _attend(self, layer_id: int, rows: Projected, num_rows: int, formats: tuple[str, ...]) -> Tensor:

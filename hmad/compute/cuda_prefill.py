@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hmad.compute.attention import causal_attention
 from hmad.compute.cuda_faults import fatal_faults
+from hmad.compute.cuda_graphs import LayerGraphs
 from hmad.compute.cuda_sampler import sample_once
 from hmad.compute.device import (
     EncodedBlocks,
@@ -96,12 +97,15 @@ class CudaPrefill:
         self._device = model.device
         self.compute_stream = torch.cuda.Stream(self._device)
         self.side_stream = torch.cuda.Stream(self._device)
+        self._graphs = LayerGraphs(model)
 
     def new_history(self, num_tokens: int) -> KVHistory:
         return KVHistory(self.geometry, num_tokens, self.model.dtype, self._device)
 
     def warm_up(self, formats: Sequence[KVFormat]) -> None:
         """Have every kernel compiled, and libraries choose theirs, before the first request waits for it."""
+        with fatal_faults(), torch.inference_mode(), torch.cuda.stream(self.compute_stream):
+            self._graphs.capture_all()
         for fmt in formats:
             sequence = PrefillSequence(range(fmt.tokens_per_block), SamplingParams(max_tokens=2), (0,), fmt)
             observer = PrefillObserver(lambda blocks: self.staging.release(blocks.page), lambda clock: None)
@@ -113,7 +117,8 @@ class CudaPrefill:
         with fatal_faults(), torch.cuda.stream(self.compute_stream):
             batch = Batch(self, chunks, observer)
             try:
-                hidden = self.model.forward(batch.token_ids, batch.positions, batch.attend, batch.layer_begins)
+                forward = self._graphs.forward if len(batch.token_ids) <= LayerGraphs.MAX_ROWS else self.model.forward
+                hidden = forward(batch.token_ids, batch.positions, batch.attend, batch.layer_begins)
                 first_tokens = self._sample_first(batch.packed, hidden)
             finally:
                 batch.ship_rest()
@@ -164,6 +169,7 @@ class Batch:
         self._bad_rows = torch.zeros(len(self.token_ids), dtype=torch.uint8, device=place)
         self._runs = plan_attention(self.packed, place)
         self._started = torch.cuda.Event(enable_timing=True)
+        self._packed: torch.cuda.Event | None = None  # of the layer before
         self._shipper = Shipper(device, observer, clock_of(device.compute_stream))
 
     def layer_begins(self, layer_id: int) -> None:
@@ -184,14 +190,16 @@ class Batch:
         """Encode this layer's blocks on the side stream and copy them into staging pages, a frame's worth each."""
         kv_ready = torch.cuda.Event(enable_timing=True)
         kv_ready.record()
+        if self._packed is not None:  # the layer before last: its K and V may be overwritten by the next layer
+            self._prefill.compute_stream.wait_event(self._packed)
         side = self._prefill.side_stream
         with torch.cuda.stream(side):
             side.wait_event(kv_ready)
             outs = [self._pack(plan, k, v) for plan in self._plans]
             bad_rows = torch.empty(self._bad_rows.shape, dtype=torch.uint8, pin_memory=True)
             bad_rows.copy_(self._bad_rows, non_blocking=True)
-            packed = recorded()
-            self._shipper.submit(LayerBegun(layer_id, self._started, kv_ready, packed, bad_rows))
+            self._packed = recorded()
+            self._shipper.submit(LayerBegun(layer_id, self._started, kv_ready, self._packed, bad_rows))
             for plan, out in zip(self._plans, outs, strict=True):
                 for frame in plan.frames:
                     if not (frame.sequence.cancelled or frame.sequence.error):

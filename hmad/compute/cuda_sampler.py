@@ -14,40 +14,27 @@ from hmad.compute.cuda_buffers import Field
 from hmad.compute.device import Outcome
 from hmad.compute.sampler import SamplerInput, describe, non_finite
 from hmad.facts.sampling import SampledToken, SamplingParams
-from hmad_kernels.triton_sampling import DeviceSampling, reset_counts, sample_rows
+from hmad_kernels.triton_sampling import DTYPES, DeviceSampling, reset_counts, sample_rows
 
 NO_ROW = -1  # of the counts: no penalties; of forced: none
-COLUMNS: dict[str, torch.dtype] = {
-    "temperature": torch.float32,
-    "top_k": torch.int32,
-    "top_p": torch.float32,
-    "min_p": torch.float32,
-    "repetition": torch.float32,
-    "frequency": torch.float32,
-    "presence": torch.float32,
-    "seed": torch.int64,
-    "index": torch.int64,
-    "forced": torch.int64,
-    "counts_row": torch.int32,
-}
 
 
 def sampling_fields(num_rows: int) -> dict[str, Field]:
     """The columns as arrays of a bundle."""
-    return {name: Field(dtype, (num_rows,)) for name, dtype in COLUMNS.items()}
+    return {name: Field(dtype, (num_rows,)) for name, dtype in DTYPES.items()}
 
 
 def columns(rows: Iterable[tuple[SamplingParams, int]]) -> dict[str, np.ndarray]:
     """The columns of (parameters, seed) of each row, but for those that change from step to step."""
     params, seeds = zip(*rows, strict=True)
     return {
-        "temperature": np.array([p.temperature for p in params], np.float32),
+        "temperature": np.array([p.temperature for p in params]),
         "top_k": np.array([p.top_k for p in params], np.int32),
-        "top_p": np.array([p.top_p for p in params], np.float32),
-        "min_p": np.array([p.min_p for p in params], np.float32),
-        "repetition": np.array([p.repetition_penalty for p in params], np.float32),
-        "frequency": np.array([p.frequency_penalty for p in params], np.float32),
-        "presence": np.array([p.presence_penalty for p in params], np.float32),
+        "top_p": np.array([p.top_p for p in params]),
+        "min_p": np.array([p.min_p for p in params]),
+        "repetition": np.array([p.repetition_penalty for p in params]),
+        "frequency": np.array([p.frequency_penalty for p in params]),
+        "presence": np.array([p.presence_penalty for p in params]),
         "seed": np.array(seeds, np.uint64).view(np.int64),
     }
 
@@ -57,9 +44,9 @@ def forced_token(params: SamplingParams, index: int) -> int:
     return params.forced_token_ids[index] if index < len(params.forced_token_ids) else NO_ROW
 
 
-def device_sampling(arrays: Mapping[str, Tensor], counts: Tensor, num_rows: int) -> DeviceSampling:
+def device_sampling(arrays: Mapping[str, Tensor], num_rows: int) -> DeviceSampling:
     """The first rows of the columns, as the kernels take them."""
-    return DeviceSampling(**{name: arrays[name][:num_rows] for name in COLUMNS}, counts=counts)
+    return DeviceSampling(**{name: arrays[name][:num_rows] for name in DTYPES})
 
 
 def outcome(params: SamplingParams, index: int, token_id: int, top: float, raw: np.ndarray | None) -> Outcome:
@@ -88,10 +75,10 @@ def sample_once(logits: Tensor, rows: Sequence[SamplerInput]) -> list[Outcome]:
         reset_counts(
             counts, number, *(token_tensor(ids, device) for ids in (rows[i].prompt_token_ids, rows[i].output_token_ids))
         )
-    on_device = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+    on_device = {name: torch.from_numpy(array).to(device, DTYPES[name]) for name, array in arrays.items()}
     tokens = torch.empty(num_rows, dtype=torch.int64, device=device)
     tops = torch.empty(num_rows, dtype=torch.float32, device=device)
-    sample_rows(logits, device_sampling(on_device, counts, num_rows), tokens, tops)
+    sample_rows(logits, device_sampling(on_device, num_rows), counts, tokens, tops)
     drawn = zip(rows, tokens.tolist(), tops.tolist(), logits, strict=True)
     return [
         outcome(row.params, row.index, token_id, top, raw.cpu().numpy() if wants_logits(row.params) else None)

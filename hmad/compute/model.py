@@ -130,16 +130,43 @@ class Qwen3:
 
         ``before_layer`` hears of each layer when its compute begins.
         """
-        residual = self._embedding.index_select(0, token_ids)  # [T, hidden]
-        angles = self._backend.angles(self._rope, positions)
-        eps = self.config.rms_norm_eps
+        residual = self.embed(token_ids)
+        angles = self.angles(positions)
         delta: Any = None  # the product that the layer before adds to the residual
-        for layer_id, layer in enumerate(self._layers):
+        for layer_id in range(self.config.num_layers):
             before_layer(layer_id)
-            product = layer.qkv(self._backend.norm(residual, delta, layer.input_norm, eps))
-            attended = attend(layer_id, Projected(product, layer.q_norm, layer.k_norm, angles))
-            delta = self._mlp(layer, residual, layer.o(attended.reshape(len(residual), -1)))
-        return self._backend.final_norm(residual, delta, self._final_norm, eps)
+            attended = attend(layer_id, self.projected(layer_id, self.project(layer_id, residual, delta), angles))
+            delta = self.feed_forward(layer_id, residual, attended.reshape(len(residual), -1))
+        return self.finish(residual, delta)
+
+    # --- the pieces of a forward pass, for devices that capture them ---
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[T, hidden]"""
+        return self._embedding.index_select(0, token_ids)
+
+    def angles(self, positions: Tensor) -> Any:
+        """What rotates rows at these positions."""
+        return self._backend.angles(self._rope, positions)
+
+    def project(self, layer_id: int, residual: Tensor, delta: Any) -> Any:
+        """Before attention: add ``delta`` to the residual in place; q, k and v as one product."""
+        layer = self._layers[layer_id]
+        return layer.qkv(self._backend.norm(residual, delta, layer.input_norm, self.config.rms_norm_eps))
+
+    def projected(self, layer_id: int, product: Any, angles: Any) -> Projected:
+        layer = self._layers[layer_id]
+        return Projected(product, layer.q_norm, layer.k_norm, angles)
+
+    def feed_forward(self, layer_id: int, residual: Tensor, attended: Tensor) -> Any:
+        """After attention [T, H * D]: add its projection to the residual in place; what the MLP adds to that."""
+        layer = self._layers[layer_id]
+        normed = self._backend.norm(residual, layer.o(attended), layer.post_norm, self.config.rms_norm_eps)
+        return layer.down(self._backend.silu_mul(layer.gate_up(normed)))
+
+    def finish(self, residual: Tensor, delta: Any) -> Tensor:
+        """Hidden states [T, hidden] after the final norm."""
+        return self._backend.final_norm(residual, delta, self._final_norm, self.config.rms_norm_eps)
 
     def heads(self, rows: Projected) -> tuple[Tensor, Tensor, Tensor]:
         """q [T, H, D], k and v [T, Hkv, D], normed and rotated: views of one buffer, whose tokens are
@@ -153,10 +180,6 @@ class Qwen3:
         heads = qkv.view(len(qkv), -1, config.head_dim)  # [T, H + 2 Hkv, D]
         num_rotated = num_heads + num_kv_heads
         return heads[:, :num_heads], heads[:, num_heads:num_rotated], heads[:, num_rotated:]
-
-    def _mlp(self, layer: Layer, residual: Tensor, attention_out: Any) -> Any:
-        normed = self._backend.norm(residual, attention_out, layer.post_norm, self.config.rms_norm_eps)
-        return layer.down(self._backend.silu_mul(layer.gate_up(normed)))
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
