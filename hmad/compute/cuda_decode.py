@@ -49,15 +49,24 @@ BUCKET_STEPS = ((4, 1), (64, 8), (128, 16), (1 << 20, 32))  # batch sizes that g
 FORMAT_NAMES = tuple(FORMATS)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Members:
-    """What of a batch's metadata stays the same until its members change."""
+    """What of a batch's metadata stays the same, or only counts on, until its members change."""
 
     batch: DecodeBatch
     formats: tuple[str, ...]
-    columns: dict[str, np.ndarray]
+    rows: dict[DecodeSequence, int]
+    sources: np.ndarray  # int64 [B]: the row of the step before that drew each newest token; -1: the host knows it
+    token_ids: np.ndarray  # int64 [B]: what the host knows
+    index: np.ndarray  # int64 [B]: of the tokens to draw
+    columns: dict[str, np.ndarray]  # of sampling
     forced: list[tuple[int, DecodeSequence]]  # rows under teacher forcing
     described: list[int]  # rows whose logits the host wants
+
+    def launched(self) -> None:
+        """The next step's newest tokens are this one's."""
+        self.sources = np.arange(len(self.batch))
+        self.index += 1
 
 
 class CudaDecode:
@@ -105,9 +114,9 @@ class CudaDecode:
         self._counts = torch.zeros((max_batch_size, config.vocab_size), dtype=torch.int32, device=device)
         self._graphs: dict[tuple[int, tuple[str, ...]], torch.cuda.CUDAGraph] = {}
         self._pool: Pool = torch.cuda.graph_pool_handle()
-        self._members: Members | None = None
-        self._rows: dict[DecodeSequence, int] = {}  # of the last step
+        self._members: Members | None = None  # of the last step
         self._counted: dict[DecodeSequence, int] = {}  # rows of the counts
+        torch.cuda.synchronize(device)  # what was made on the default stream is there for ours
 
     def _capacity(self, num_rows: int) -> int:
         """Items of attention that a batch of so many rows may have, however long its sequences are."""
@@ -124,9 +133,9 @@ class CudaDecode:
 
     def launch(self, batch: DecodeBatch) -> Callable[[], Sequence[Outcome]]:
         with fatal_faults(), torch.inference_mode(), torch.cuda.stream(self._stream):
-            if self._members is None or self._members.batch is not batch:
-                self._members = self._adopt(batch)
             members = self._members
+            if members is None or members.batch is not batch:
+                members = self._adopt(batch, {} if members is None else members.rows)
             num_rows = next(size for size in self._buckets if size >= len(batch))
             graph = self._graph_for(num_rows, members.formats)
             self._fill(members, num_rows)
@@ -137,9 +146,12 @@ class CudaDecode:
             described = {row: self._logits[row].to("cpu", non_blocking=True) for row in members.described}
             done = torch.cuda.Event(blocking=True)
             done.record()
-        self._rows = {sequence: row for row, sequence in enumerate(batch.sequences)}
-        indices = [sequence.num_tail_tokens + 1 for sequence in batch.sequences]
-        return partial(self._collect, batch.sequences, indices, batch.positions.tolist(), arrays, described, done)
+        outcomes = partial(
+            self._collect, batch.sequences, members.index.tolist(), batch.positions.tolist(), arrays, described, done
+        )
+        members.launched()
+        self._members = members
+        return outcomes
 
     def _collect(
         self,
@@ -164,7 +176,7 @@ class CudaDecode:
 
     # --- its metadata ---
 
-    def _adopt(self, batch: DecodeBatch) -> Members:
+    def _adopt(self, batch: DecodeBatch, rows_before: dict[DecodeSequence, int]) -> Members:
         """The members have changed: what follows from them alone."""
         sequences = batch.sequences
         codes = sorted(set(batch.segments[:, 0].tolist()))
@@ -175,9 +187,15 @@ class CudaDecode:
         self._tables.upload()
         settings = columns((s.params, s.seed) for s in sequences)
         settings["counts_row"] = self._count_rows(sequences)
+        sources = [rows_before.get(s, NO_ROW) for s in sequences]
+        known = [0 if source >= 0 else s.output_token_ids[-1] for s, source in zip(sequences, sources, strict=True)]
         return Members(
             batch,
             tuple(FORMAT_NAMES[code] for code in codes),
+            {sequence: row for row, sequence in enumerate(sequences)},
+            np.array(sources, np.int64),
+            np.array(known, np.int64),
+            np.array([s.num_tail_tokens + 1 for s in sequences], np.int64),
             settings,
             [(row, s) for row, s in enumerate(sequences) if s.params.forced_token_ids],
             [row for row, s in enumerate(sequences) if wants_logits(s.params)],
@@ -200,20 +218,16 @@ class CudaDecode:
     def _fill(self, members: Members, num_rows: int) -> None:
         """This step's arrays on the host; rows beyond the batch are padding that touches nothing."""
         batch, arrays, size = members.batch, self._inputs.next_turn(), len(members.batch)
-        sequences = batch.sequences
-        sources = [self._rows.get(sequence, NO_ROW) for sequence in sequences]
-        arrays["sources"][:size] = sources
-        arrays["token_ids"][:size] = [
-            0 if source >= 0 else s.output_token_ids[-1] for s, source in zip(sequences, sources, strict=True)
-        ]
+        arrays["sources"][:size] = members.sources
+        arrays["token_ids"][:size] = members.token_ids
         arrays["positions"][:size] = batch.positions
         arrays["tail_slots"][:size], arrays["tail_offsets"][:size] = batch.tail_places
         for name, column in members.columns.items():
             arrays[name][:size] = column
-        arrays["index"][:size] = [s.num_tail_tokens + 1 for s in sequences]
+        arrays["index"][:size] = members.index
         arrays["forced"][:size] = NO_ROW
         for row, sequence in members.forced:
-            arrays["forced"][row] = forced_token(sequence.params, sequence.num_tail_tokens + 1)
+            arrays["forced"][row] = forced_token(sequence.params, int(members.index[row]))
         self._fill_padding(arrays, size, num_rows)
         capacity = self._capacity(num_rows)
         num_tokens = int(batch.segments[:, 1].sum())

@@ -5,13 +5,14 @@ by hand here. Other threads go on copying meanwhile: only the capturing thread's
 """
 
 from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from hmad.compute.model import Attend, Qwen3
 
-Pool = tuple[int, int]
+Pool: TypeAlias = Any  # what torch.cuda.graph_pool_handle returns
 
 
 def captured(run: Callable[[], object], pool: Pool) -> torch.cuda.CUDAGraph:
@@ -41,8 +42,9 @@ class LayerGraphs:
     """A forward pass of prefill in captured pieces, for batches so small that launching them one kernel after the other
     would take longer than they compute. Attention is not captured: its shapes are those of the prompts.
 
-    Piece i is what stands between the attention of layer i - 1 and that of layer i; the last one ends with the final
-    norm. Whoever reads the K and V of layer i on another stream has done so before piece i + 2 is launched.
+    Piece i is what stands between the attention of layer i - 1 and that of layer i, rotary embedding included; the last
+    one ends with the final norm. Whoever reads the K and V of layer i on another stream has done so before piece i + 2
+    is launched.
     """
 
     STEPS = ((64, 16), (512, 64), (1024, 128), (2048, 256))
@@ -58,6 +60,7 @@ class LayerGraphs:
         def room(width: int) -> Tensor:
             return torch.zeros((self.MAX_ROWS, width), dtype=model.dtype, device=device)
 
+        self._positions = torch.zeros(self.MAX_ROWS, dtype=torch.int64, device=device)
         self._residual, self._hidden = room(config.hidden_size), room(config.hidden_size)
         self._attended = room(config.num_heads * config.head_dim)
         width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
@@ -75,12 +78,12 @@ class LayerGraphs:
         num_rows = len(token_ids)
         pieces = self._pieces_for(next(size for size in self._buckets if size >= num_rows))
         self._residual[:num_rows] = self._model.embed(token_ids)
-        angles = self._model.angles(positions)
+        self._positions[:num_rows] = positions
         for layer_id, piece in enumerate(pieces[:-1]):
             before_layer(layer_id)
             piece.replay()
             product = self._products[layer_id % 2][:num_rows]
-            attended = attend(layer_id, self._model.projected(layer_id, product, angles))
+            attended = attend(layer_id, self._model.projected(layer_id, product, None, is_rotated=True))
             self._attended[:num_rows] = attended.view(num_rows, -1)
         pieces[-1].replay()
         return self._hidden[:num_rows]
@@ -103,4 +106,6 @@ class LayerGraphs:
         if number == model.config.num_layers:
             self._hidden[:num_rows] = model.finish(residual, delta)
         else:
-            self._products[number % 2][:num_rows] = model.project(number, residual, delta)
+            angles = model.angles(self._positions[:num_rows])
+            rows = model.projected(number, model.project(number, residual, delta), angles)
+            self._products[number % 2][:num_rows] = model.rotate(rows)

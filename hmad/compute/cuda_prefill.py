@@ -98,6 +98,7 @@ class CudaPrefill:
         self.compute_stream = torch.cuda.Stream(self._device)
         self.side_stream = torch.cuda.Stream(self._device)
         self._graphs = LayerGraphs(model)
+        torch.cuda.synchronize(self._device)  # what was made on the default stream is there for ours
 
     def new_history(self, num_tokens: int) -> KVHistory:
         return KVHistory(self.geometry, num_tokens, self.model.dtype, self._device)

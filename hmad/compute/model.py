@@ -43,12 +43,13 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class Projected:
-    """Rows as attention gets them: q, k and v of one layer in one product, neither normed nor rotated yet."""
+    """Rows as attention gets them: q, k and v of one layer in one product, normed and rotated or yet to be."""
 
     product: Any  # [T, (H + 2 Hkv) * D]
     q_norm: Tensor  # [D]
     k_norm: Tensor  # [D]
     angles: Any
+    is_rotated: bool = False
 
 
 Attend = Callable[[int, Projected], Tensor]  # (layer_id, rows) -> [T, H, D]
@@ -154,9 +155,9 @@ class Qwen3:
         layer = self._layers[layer_id]
         return layer.qkv(self._backend.norm(residual, delta, layer.input_norm, self.config.rms_norm_eps))
 
-    def projected(self, layer_id: int, product: Any, angles: Any) -> Projected:
+    def projected(self, layer_id: int, product: Any, angles: Any, *, is_rotated: bool = False) -> Projected:
         layer = self._layers[layer_id]
-        return Projected(product, layer.q_norm, layer.k_norm, angles)
+        return Projected(product, layer.q_norm, layer.k_norm, angles, is_rotated)
 
     def feed_forward(self, layer_id: int, residual: Tensor, attended: Tensor) -> Any:
         """After attention [T, H * D]: add its projection to the residual in place; what the MLP adds to that."""
@@ -172,14 +173,19 @@ class Qwen3:
         """q [T, H, D], k and v [T, Hkv, D], normed and rotated: views of one buffer, whose tokens are
         (H + 2 Hkv) * D values apart and whose heads are contiguous.
         """
-        config = self.config
-        num_heads, num_kv_heads = config.num_heads, config.num_kv_heads
-        qkv = self._backend.qk_norm_rope(
-            rows.product, rows.q_norm, rows.k_norm, rows.angles, num_heads, num_kv_heads, config.rms_norm_eps
-        )
-        heads = qkv.view(len(qkv), -1, config.head_dim)  # [T, H + 2 Hkv, D]
-        num_rotated = num_heads + num_kv_heads
+        qkv = rows.product if rows.is_rotated else self.rotate(rows)
+        heads = qkv.view(len(qkv), -1, self.config.head_dim)  # [T, H + 2 Hkv, D]
+        num_heads = self.config.num_heads
+        num_rotated = num_heads + self.config.num_kv_heads
         return heads[:, :num_heads], heads[:, num_heads:num_rotated], heads[:, num_rotated:]
+
+    def rotate(self, rows: Projected) -> Tensor:
+        """[T, (H + 2 Hkv) * D]: q and k normed by head and rotated."""
+        config = self.config
+        return self._backend.qk_norm_rope(
+            rows.product, rows.q_norm, rows.k_norm, rows.angles, config.num_heads, config.num_kv_heads,
+            config.rms_norm_eps,
+        )  # fmt: skip
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:

@@ -21,7 +21,7 @@ class StagingPool:
             raise ConfigError(f"staging-bytes = {staging_bytes} is less than one frame of {page_bytes} bytes: raise it")
         # Pinned where a device copies into it: uint8 [num_pages, page_bytes].
         self.memory = torch.empty((self.num_pages, page_bytes), dtype=torch.uint8, pin_memory=pinned)
-        self._pages = list(self.memory.numpy())
+        self._pages: list[np.ndarray] = list(self.memory.numpy())
         self._free = list(range(self.num_pages))  # last in, first out: a page that is still in cache is taken first
         self._used: set[int] = set()
         self._changed = threading.Condition()
