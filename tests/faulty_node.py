@@ -1,4 +1,5 @@
-"""A real node that breaks when told to: SIGUSR1 makes its device's next call never return, SIGUSR2 its engine die.
+"""A real node that breaks when told to: SIGUSR1 makes its device's next call never return, SIGUSR2 its engine die,
+SIGURG its GPU write where it must not.
 
 Run as ``python faulty_node.py --role decode ...``; everything else is the node as it is.
 """
@@ -9,12 +10,15 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from hmad.compute.cpu import CpuDecode, CpuPrefill
 from hmad.edges import cli
 from hmad.roles.decode_engine import DecodeEngine
 
 hanging = threading.Event()
 dying = threading.Event()
+straying = threading.Event()
 
 
 def hangs_when_told(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,7 +39,21 @@ def dies_when_told(call: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def strays_when_told(fill: Callable[..., None]) -> Callable[..., None]:
+    def wrapped(device: Any, *arguments: Any) -> None:
+        fill(device, *arguments)
+        if straying.is_set():
+            device._inputs._arrays[device._inputs._turn]["tail_slots"][:] = 1 << 30
+
+    return wrapped
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGURG, lambda *_: straying.set())
+    if torch.cuda.is_available():
+        from hmad.compute.cuda_decode import CudaDecode
+
+        CudaDecode._fill = strays_when_told(CudaDecode._fill)  # type: ignore[method-assign]
     signal.signal(signal.SIGUSR1, lambda *_: hanging.set())
     signal.signal(signal.SIGUSR2, lambda *_: dying.set())
     CpuDecode.launch = hangs_when_told(CpuDecode.launch)  # type: ignore[method-assign]

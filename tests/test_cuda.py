@@ -1,5 +1,6 @@
 """The CUDA devices beside the CPU's, whose numerics they share: skipped where there is no GPU."""
 
+import signal
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -427,6 +428,29 @@ def test_both_roles_on_one_gpu_serve_a_real_client(precision: str) -> None:
         assert [len(choice["token_ids"]) for choice in many] == [30] * 8
         assert prefill.status["device"] == "cuda:0"
         decode.wait_until_empty()
+
+
+class FaultyDecode(DecodeDaemon):
+    program = (str(Path(__file__).parent / "faulty_node.py"),)
+
+
+def test_a_kernel_that_strays_costs_the_process_and_nobody_gets_garbage() -> None:
+    decode = FaultyDecode(CHECKPOINT, device="cuda:0", device_memory="4G")
+    prefill = PrefillDaemon(CHECKPOINT, [decode], device="cuda:0", device_memory="4G", history_bytes="256M")
+    try:
+        decode.start()
+        with running(prefill, healthy=False):
+            prefill.wait_until("/health")
+            assert prefill.complete(prompt_of(20), max_tokens=8).status == 200
+            with prefill.stream(prompt=prompt_of(20), max_tokens=3000, temperature=0, ignore_eos=True) as lines:
+                next(lines)
+                decode.signal(signal.SIGURG)
+                last = [line for line in lines if line.strip()][-2:]
+            assert b'"error"' in b"".join(last)
+            assert decode.end() == 1
+            assert "the device has failed, and everything on it is lost" in decode.log
+    finally:
+        decode.kill()
 
 
 def test_too_little_memory_is_told_with_the_sums() -> None:
