@@ -50,17 +50,18 @@ class LayerGraphs:
     STEPS = ((64, 16), (512, 64), (1024, 128), (2048, 256))
     MAX_ROWS = 2048
 
-    def __init__(self, model: Qwen3) -> None:
+    def __init__(self, model: Qwen3, max_rows: int) -> None:
         config, device = model.config, model.device
         self._model = model
         self._pool: Pool = torch.cuda.graph_pool_handle()
-        self._buckets = buckets_up_to(self.MAX_ROWS, self.STEPS)
+        self.max_rows = min(max_rows, self.MAX_ROWS)
+        self._buckets = buckets_up_to(self.max_rows, self.STEPS)
         self._pieces: dict[int, list[torch.cuda.CUDAGraph]] = {}
 
         def room(width: int) -> Tensor:
-            return torch.zeros((self.MAX_ROWS, width), dtype=model.dtype, device=device)
+            return torch.zeros((self.max_rows, width), dtype=model.dtype, device=device)
 
-        self._positions = torch.zeros(self.MAX_ROWS, dtype=torch.int64, device=device)
+        self._positions = torch.zeros(self.max_rows, dtype=torch.int64, device=device)
         self._residual, self._hidden = room(config.hidden_size), room(config.hidden_size)
         self._attended = room(config.num_heads * config.head_dim)
         width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
@@ -74,7 +75,7 @@ class LayerGraphs:
     def forward(
         self, token_ids: Tensor, positions: Tensor, attend: Attend, before_layer: Callable[[int], None]
     ) -> Tensor:
-        """What ``Qwen3.forward`` does, for up to MAX_ROWS rows."""
+        """What ``Qwen3.forward`` does, for up to ``max_rows`` rows."""
         num_rows = len(token_ids)
         pieces = self._pieces_for(next(size for size in self._buckets if size >= num_rows))
         self._residual[:num_rows] = self._model.embed(token_ids)

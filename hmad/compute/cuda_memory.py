@@ -6,6 +6,7 @@ from math import prod
 import torch
 
 from hmad.compute.checkpoint import ModelConfig, expected_tensors
+from hmad.compute.cuda_graphs import LayerGraphs
 from hmad.facts.errors import ConfigError
 from hmad_kernels.triton_attention import MAX_GROUP
 from hmad_kernels.triton_common import HEAD_DIMS
@@ -52,7 +53,13 @@ def prefill_bytes(config: ModelConfig, max_batch_tokens: int, history_bytes: int
     """What a forward pass of prefill needs beside the weights."""
     widths = 4 * config.hidden_size + 5 * config.intermediate_size
     widths += 3 * (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    return {"one batch": 4 * max_batch_tokens * widths, "history": history_bytes, "libraries": LIBRARY_BYTES}
+    graph_rows = min(LayerGraphs.MAX_ROWS, max_batch_tokens)
+    return {
+        "one batch": 4 * max_batch_tokens * widths,
+        "graphs": 4 * graph_rows * widths,
+        "history": history_bytes,
+        "libraries": LIBRARY_BYTES,
+    }
 
 
 def decode_bytes(config: ModelConfig, max_batch_size: int) -> dict[str, int]:

@@ -90,14 +90,16 @@ class CopiedFrame:
 class CudaPrefill:
     """Prefill on one CUDA device. Called by one thread; the observer hears from another, before ``prefill`` returns."""
 
-    def __init__(self, model: Qwen3, geometry: KVGeometry, staging: StagingPool) -> None:
+    def __init__(
+        self, model: Qwen3, geometry: KVGeometry, staging: StagingPool, max_batch_tokens: int = LayerGraphs.MAX_ROWS
+    ) -> None:
         self.model = model
         self.geometry = geometry
         self.staging = staging
         self._device = model.device
         self.compute_stream = torch.cuda.Stream(self._device)
         self.side_stream = torch.cuda.Stream(self._device)
-        self._graphs = LayerGraphs(model)
+        self._graphs = LayerGraphs(model, max_batch_tokens)
         torch.cuda.synchronize(self._device)  # what was made on the default stream is there for ours
 
     def new_history(self, num_tokens: int) -> KVHistory:
@@ -118,7 +120,7 @@ class CudaPrefill:
         with fatal_faults(), torch.cuda.stream(self.compute_stream):
             batch = Batch(self, chunks, observer)
             try:
-                forward = self._graphs.forward if len(batch.token_ids) <= LayerGraphs.MAX_ROWS else self.model.forward
+                forward = self._graphs.forward if len(batch.token_ids) <= self._graphs.max_rows else self.model.forward
                 hidden = forward(batch.token_ids, batch.positions, batch.attend, batch.layer_begins)
                 first_tokens = self._sample_first(batch.packed, hidden)
             finally:

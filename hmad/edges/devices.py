@@ -82,7 +82,7 @@ def _cuda_prefill(config: Config, model: NodeModel) -> Prefilling:
     parts |= cuda_memory.prefill_bytes(model.config, config.max_batch_tokens, config.history_bytes)
     cuda_memory.check_budget(place, budget, parts)
     staging = make_staging(config, model)
-    device = CudaPrefill(_load(config, str(place)), model.geometry, staging)
+    device = CudaPrefill(_load(config, str(place)), model.geometry, staging, config.max_batch_tokens)
     device.warm_up([FORMATS[name] for name in model.identity.formats])
     return Prefilling(device, staging)
 
