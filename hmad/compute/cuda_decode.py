@@ -44,7 +44,6 @@ from hmad_kernels.triton_attention import (
 from hmad_kernels.triton_rope import norm_rope_append
 from hmad_kernels.triton_sampling import count_tokens, reset_counts, sample_rows
 
-PROGRAMS_PER_MULTIPROCESSOR = 8
 BUCKET_STEPS = ((4, 1), (64, 8), (128, 16), (1 << 20, 32))  # batch sizes that graphs are captured for
 FORMAT_NAMES = tuple(FORMATS)
 
@@ -82,8 +81,7 @@ class CudaDecode:
         self._tail_format = tail_format
         self._stream = torch.cuda.Stream(device)
         self._buckets = buckets_up_to(max_batch_size, BUCKET_STEPS)
-        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        self._num_programs = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
+        self._num_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         capacity = self._capacity(max_batch_size)
         self._inputs = Bundle(
             {
@@ -120,7 +118,7 @@ class CudaDecode:
 
     def _capacity(self, num_rows: int) -> int:
         """Items of attention that a batch of so many rows may have, however long its sequences are."""
-        return plan_capacity(num_rows, self.model.config.num_kv_heads, self._num_programs)
+        return plan_capacity(num_rows, self.model.config.num_kv_heads, self._num_multiprocessors)
 
     def warm_up(self, formats: Sequence[str]) -> None:
         """Have every kernel compiled before the first request waits for it."""
@@ -230,9 +228,7 @@ class CudaDecode:
             arrays["forced"][row] = forced_token(sequence.params, int(members.index[row]))
         self._fill_padding(arrays, size, num_rows)
         capacity = self._capacity(num_rows)
-        num_tokens = int(batch.segments[:, 1].sum())
-        num_kv_heads = self.model.config.num_kv_heads
-        item_tokens = item_tokens_for(num_tokens, num_kv_heads, self._num_programs)
+        item_tokens = item_tokens_for(batch.segments, self.model.config.num_kv_heads, self._num_multiprocessors)
         items, seq_items = split_items(batch.seq_segments, batch.segments, item_tokens, capacity)
         arrays["items"][:capacity] = items
         arrays["seq_items"][: size + 1] = seq_items
@@ -295,8 +291,8 @@ class CudaDecode:
             slots, arrays["tail_slots"][:num_rows], arrays["tail_offsets"][:num_rows],
             self._outputs.on_device["bad_rows"][:num_rows],
         )  # fmt: skip
-        q = rows.product.view(num_rows, -1, config.head_dim)[:, : config.num_heads].contiguous()
-        out = torch.empty_like(q)
+        q = rows.product.view(num_rows, -1, config.head_dim)[:, : config.num_heads]
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         values, stats = self._partials
         paged_decode_attention(
             q, slots, arrays["items"][:capacity], arrays["seq_items"][: num_rows + 1], self._tables.on_device["blocks"],
