@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hmad_kernels import triton_append, triton_attention, triton_pack, triton_rope, triton_rows
+from hmad_kernels import triton_append, triton_attention, triton_pack, triton_rope, triton_rows, triton_sampling
 from hmad_kernels.triton_append import APPEND_OPTIONS, append_constants
 from hmad_kernels.triton_attention import attend_constants, merge_constants, tuning_for
 from hmad_kernels.triton_common import FORMAT_NAMES, format_code
@@ -175,9 +175,7 @@ def test_no_conversion_to_e4m3_that_sm_80_lacks(tmp_path: Path) -> None:
 EMITTED = {"plain": "bf16", "int8": "i8", "e4m3": "u8", "e4m3_fnuz": "u8"}  # in the order of their codes
 ROW_WIDTHS = (4096, 5120, 25600, 32768)  # hidden sizes of Qwen3-8B and 32B, an intermediate size, and the largest
 ROW_VARIANTS = [
-    pytest.param(
-        arch, width, emitted, marks=() if arch == "sm_90" and width in (4096, 25600) else pytest.mark.every_target
-    )
+    pytest.param(arch, width, emitted, marks=() if (arch, width) == ("sm_90", 4096) else pytest.mark.every_target)
     for arch in CAPABILITIES
     for width in ROW_WIDTHS
     for emitted in EMITTED
@@ -250,3 +248,32 @@ def test_rotating_compiles(arch: str, tail: str | None, tmp_path: Path) -> None:
     assert_no_spills(binary, arch, tmp_path)
     if CAPABILITIES[arch] is not None:
         assert wide_load_bytes(binary, tmp_path) >= triton_rope.HEADS_PER_PROGRAM * 128 * 2
+
+
+SAMPLING_POINTERS = (
+    dict.fromkeys(("logits", "chunk_raw", "chunk_max", "top", "low", "gathered", "tops_out"), "fp32")
+    | dict.fromkeys(("counts", "counts_row", "top_k", "num_gathered", "chunk_token"), "i32")
+    | dict.fromkeys(("chunk_best", "seed", "index", "forced", "tokens_out", "tokens"), "i64")
+    | dict.fromkeys(("repetition", "frequency", "presence", "temperature", "top_p", "min_p"), "fp64")
+    | dict.fromkeys(("chunk_mass", "chunk_score", "total", "cutoff"), "fp64")
+)
+
+
+@pytest.mark.parametrize(
+    ("arch", "name"),
+    [
+        pytest.param(
+            arch, name, marks=() if arch == "sm_90" and name in ("cutoff", "draw") else pytest.mark.every_target
+        )
+        for arch in CAPABILITIES
+        for name in ("tops", "plan", "gather", "cutoff", "draw", "settle", "count")
+    ],
+)
+def test_sampling_compiles(arch: str, name: str, tmp_path: Path) -> None:
+    kernel = getattr(triton_sampling, f"_{name}_kernel")
+    constants = triton_sampling.row_constants(151_936) if name != "count" else {"BLOCK": triton_sampling.CHUNK}
+    options = triton_sampling.CUTOFF_OPTIONS if name == "cutoff" else triton_sampling.ROW_OPTIONS
+    binary = compiled(kernel, arch, constants, options, **SAMPLING_POINTERS)
+    assert_no_spills(binary, arch, tmp_path)
+    if CAPABILITIES[arch] is not None and name in ("tops", "gather", "draw"):
+        assert wide_load_bytes(binary, tmp_path) == 2 * 4 * triton_sampling.CHUNK  # the logits, and their counts
