@@ -7,8 +7,10 @@ so a skewed batch is as fast as a uniform one. One launch per format: programs o
 grids depend on the capacity of the plan alone, as a captured graph wants it.
 
 Formats of 8 bits are read as words of four values, which ``triton_panels`` makes float16 numbers of, exact up to a
-scale per token; the scales are folded into the scores and the weights. Products over the four *planes* of dims 4j + i
-are summed, so that no value ever changes its place. Limit: raw bytes over memory bandwidth.
+scale per token; the scales are folded into the scores and the weights. A program is one warp, and a step of it one
+block: tokens are the rows of the tensor cores' products, query heads their eight columns. What a lane reads in 16 bytes
+is its own share of the operand: the query and the result are permuted instead of the values, so that no value ever
+changes its place. Limit: raw bytes over memory bandwidth.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,10 +23,14 @@ import triton
 import triton.language as tl
 
 from hmad_kernels.triton_common import (
+    ALIGN_BYTES,
     BF16,
     DTYPES,
     FORMAT_NAMES,
+    FP8_E4M3,
     FP32,
+    INT8,
+    MXFP8,
     TOKENS_PER_BLOCK,
     check_head_dim,
     check_metadata,
@@ -36,14 +42,29 @@ from hmad_kernels.triton_common import (
     store_rounded,
     to_f32,
 )
-from hmad_kernels.triton_panels import WORD_BLOCK_TOKENS, decode_words, load_step
+from hmad_kernels.triton_panels import (
+    k_exponents,
+    k_operand,
+    load_k,
+    load_scales,
+    load_v,
+    unit_of,
+    v_exponents,
+    v_operand,
+)
 
 LOG2_E = 1.4426950408889634
-QUERY_ROWS = 16  # the smallest tensor-core operand: groups of up to 8 query heads are padded
 MAX_GROUP = 8
-ITEM_TOKENS = 256  # items are a multiple of this, unless a segment ends
+RESIDENT_PROGRAMS = (2, 8)  # of a multiprocessor at once: of float formats, of 8-bit formats (12, if registers allow)
+PROGRAMS_PER_MULTIPROCESSOR = 24  # that a plan may have: three waves of 8, two of 12
+SMALL_BATCH = 4  # whose plans have one wave of 8: programs without an item cost time as well
+LEAST_ITEM_TOKENS = 64  # shorter items cost the merge more than they save
+WAVE_ITEM_TOKENS = 512  # items that are at least so long leave room for one more wave
+MOST_BLOCK_TOKENS = max(TOKENS_PER_BLOCK)
 EMPTY = -1  # the format code of an item that is not there
-MERGE_ITEMS = 8  # partial results that the merge reads at once
+MERGE_ITEMS = 16  # partial results that the merge reads at once
+# Neighbouring values that a lane holds of an operand: Triton decides, and another number costs speed, not correctness.
+K_WIDTH = 4 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else 2
 WEIGHT_SCALE = tl.constexpr(2.0**14)  # keeps small weights above float16's subnormal numbers
 
 
@@ -54,7 +75,8 @@ class Tuning:
     tokens: int  # that one step of a program's loop reads
     num_warps: int
     num_stages: int
-    max_registers: int | None = None  # left to itself, the assembler sometimes spills to gain a little occupancy
+    max_registers: int | None = None
+    query_rows: int = 16  # to which the query heads of a KV head are padded
 
     def options(self) -> dict[str, int | bool]:
         """What Triton compiles with."""
@@ -64,21 +86,17 @@ class Tuning:
         return options | {"enable_fp_fusion": True}
 
 
-def tuning_for(format_name: str, head_dim: int, capability: tuple[int, int] | None) -> Tuning:
+def tuning_for(format_name: str, capability: tuple[int, int] | None) -> Tuning:
     """The configuration for a device, by its CUDA compute capability; None stands for AMD. None of them spills."""
     if format_name == "fp32":
         return Tuning(tokens=16, num_warps=4, num_stages=1)
     if format_name == "bf16":
         return Tuning(tokens=64, num_warps=4, num_stages=2 if capability is None else 3)
     if capability is None:
-        return Tuning(tokens=64, num_warps=4, num_stages=1)
-    if head_dim == 64:
-        return Tuning(tokens=64, num_warps=2, num_stages=1, max_registers=224)
-    if capability == (9, 0) and format_name == "bfp8":  # these by scripts/bench_kernels on an H100
-        return Tuning(tokens=32, num_warps=2, num_stages=1, max_registers=255)
-    if capability == (9, 0):
-        return Tuning(tokens=64, num_warps=4, num_stages=1, max_registers=144 if format_name == "int8" else 160)
-    return Tuning(tokens=64, num_warps=4, num_stages=1, max_registers=168)
+        return Tuning(tokens=32, num_warps=1, num_stages=1)
+    # From 169 to 255 registers, eight programs are resident; below, twelve, but not without spills.
+    registers = 240 if format_name in ("mxfp8", "bfp8") else 200
+    return Tuning(tokens=32, num_warps=1, num_stages=1, max_registers=registers, query_rows=8)
 
 
 def capability_of(device: torch.device) -> tuple[int, int] | None:
@@ -91,35 +109,63 @@ def capability_of(device: torch.device) -> tuple[int, int] | None:
 def split_items(
     seq_segments: np.ndarray, segments: np.ndarray, item_tokens: int, capacity: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cut every segment into items of ``item_tokens``, the last of each shorter.
+    """Cut every segment evenly into the fewest items of ``item_tokens`` at most.
 
     ``seq_segments`` int32 [batch + 1] says which segments each sequence has; ``segments`` int32 [num_segments, 3] are
     (format code, num_tokens, first index into the block table). Returns items int32 [capacity or as many as there are,
     4]: sequence, format code (EMPTY: no item), first index into the block table, num_tokens; and seq_items int32
     [batch + 1]: which items each sequence has. Raises ValueError if they do not fit into ``capacity``.
     """
-    if item_tokens < 1 or item_tokens % max(TOKENS_PER_BLOCK):
-        raise ValueError(f"item_tokens must be a positive multiple of {max(TOKENS_PER_BLOCK)}, not {item_tokens}")
+    if item_tokens < 1 or item_tokens % MOST_BLOCK_TOKENS:
+        raise ValueError(f"item_tokens must be a positive multiple of {MOST_BLOCK_TOKENS}, not {item_tokens}")
     counts = -(-segments[:, 1] // item_tokens)
     ends = counts.cumsum()
     total = int(ends[-1]) if len(ends) else 0
     if capacity is not None and total > capacity:
         raise ValueError(f"{total} items of {item_tokens} tokens do not fit into a plan of {capacity}")
     segment = np.repeat(np.arange(len(segments)), counts)
-    skipped = (np.arange(total) - np.repeat(ends - counts, counts)) * item_tokens  # tokens before the item
+    num_tokens = segments[segment, 1]
+    size = -(-num_tokens // (counts[segment] * MOST_BLOCK_TOKENS)) * MOST_BLOCK_TOKENS
+    skipped = (np.arange(total) - np.repeat(ends - counts, counts)) * size  # tokens before the item
     code = segments[segment, 0]
     items = np.full((total if capacity is None else capacity, 4), EMPTY, dtype=np.int32)
     items[:total, 0] = np.repeat(np.arange(len(seq_segments) - 1), np.diff(seq_segments))[segment]
     items[:total, 1] = code
     items[:total, 2] = segments[segment, 2] + skipped // np.array(TOKENS_PER_BLOCK)[code]
-    items[:total, 3] = np.minimum(segments[segment, 1] - skipped, item_tokens)
+    items[:total, 3] = np.minimum(num_tokens - skipped, size)
     return items, np.concatenate(([0], ends)).astype(np.int32)[seq_segments]
 
 
-def item_tokens_for(num_tokens: int, num_kv_heads: int, num_programs: int) -> int:
-    """The size of items that makes about ``num_programs`` programs, so that all multiprocessors have their share."""
-    wanted = num_tokens * num_kv_heads / num_programs
-    return max(1, round(wanted / ITEM_TOKENS)) * ITEM_TOKENS
+def item_tokens_for(segments: np.ndarray, num_kv_heads: int, num_multiprocessors: int) -> int:
+    """The size of items whose programs fill the multiprocessors in whole waves; ``segments`` as for split_items.
+
+    The waves are of the kind of format (8-bit or not) that most tokens have. Items of the other kind, such as the tails
+    of 8-bit prefixes, come on top of them.
+    """
+    num_tokens = int(segments[:, 1].sum())
+    is_8_bit = segments[:, 0] >= INT8.value
+    mostly_8_bit = 2 * int(segments[is_8_bit, 1].sum()) >= num_tokens
+    num_main = int((is_8_bit == mostly_8_bit).sum())
+    resident = RESIDENT_PROGRAMS[mostly_8_bit]
+    wave = resident * num_multiprocessors / num_kv_heads  # items
+    most_waves = _most_programs(-(-len(segments) // 2)) // resident
+    num_waves = min(max(1, num_tokens // int(wave * WAVE_ITEM_TOKENS)), most_waves)
+    wanted = max(int(wave * num_waves), 2 * num_main, 1)
+    least = max(-(-num_tokens // (wanted * MOST_BLOCK_TOKENS)), LEAST_ITEM_TOKENS // MOST_BLOCK_TOKENS)  # blocks
+    sizes = (least + -(-np.arange(9) * least // 8)) * MOST_BLOCK_TOKENS  # twice the least leaves room for every end
+    counts = (-(-segments[:, 1] // sizes[:, None])).sum(axis=1)
+    return int(sizes[np.argmax(counts <= wanted + len(segments) - num_main)])
+
+
+def plan_capacity(batch: int, num_kv_heads: int, num_multiprocessors: int) -> int:
+    """Items that split_items makes at most of so many sequences of two segments each, cut as item_tokens_for says."""
+    wanted = _most_programs(batch) * num_multiprocessors // num_kv_heads
+    return max(wanted, 2 * batch, 1) + 2 * batch
+
+
+def _most_programs(batch: int) -> int:
+    """Programs per multiprocessor that a plan may have, but for the ends of segments."""
+    return RESIDENT_PROGRAMS[True] if batch <= SMALL_BATCH else PROGRAMS_PER_MULTIPROCESSOR
 
 
 def partial_shapes(num_items: int, num_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -143,7 +189,8 @@ def paged_decode_attention(
 ) -> None:
     """Attention of one query token per sequence over its items.
 
-    q and out [batch, num_heads, head_dim], both bfloat16 or both float32; slots uint8 [num_slots, slot_bytes]; items,
+    q and out [batch, num_heads, head_dim], both bfloat16 or both float32; the rows of q may lie further apart, as in a
+    projection of which they are a part; slots uint8 [num_slots, slot_bytes]; items,
     seq_items (see split_items) and block_table int32, on the device. What they say is not checked here: whoever made
     them on the host did. ``formats`` are those that items may have; an item of another would be missed. The scratch is
     of ``partial_shapes``. ``tuning`` replaces every format's own. A sequence without items gives NaN. Raises ValueError
@@ -156,11 +203,11 @@ def paged_decode_attention(
     batch, num_heads, head_dim = q.shape
     capability = capability_of(q.device)
     for code, name in zip(codes, formats, strict=True):
-        tuned = tuning or tuning_for(name, head_dim, capability)
+        tuned = tuning or tuning_for(name, capability)
         _attend_kernel[(len(items) * num_kv_heads,)](
             q, slots.view(torch.int32), items, block_table, partial_values, partial_stats,
-            sm_scale * LOG2_E, slots.stride(0) // 4, num_kv_heads, group,
-            **attend_constants(code, head_dim, tuned.tokens, interpreted=interprets()), **tuned.options(),
+            sm_scale * LOG2_E, q.stride(0), slots.stride(0) // 4, num_kv_heads, group,
+            **attend_constants(code, head_dim, tuned, interpreted=interprets()), **tuned.options(),
         )  # fmt: skip
     _merge_kernel[(batch * num_heads,)](
         seq_items, partial_values, partial_stats, out, num_heads,
@@ -168,7 +215,7 @@ def paged_decode_attention(
     )  # fmt: skip
 
 
-MERGE_OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
+MERGE_OPTIONS = {"num_warps": 2, "enable_fp_fusion": True}
 
 
 def merge_constants(head_dim: int) -> dict[str, int]:
@@ -176,16 +223,17 @@ def merge_constants(head_dim: int) -> dict[str, int]:
     return {"ITEMS": MERGE_ITEMS, "HEAD_DIM": head_dim}
 
 
-def attend_constants(code: int, head_dim: int, tokens: int, *, interpreted: bool) -> dict[str, int | bool]:
+def attend_constants(code: int, head_dim: int, tuning: Tuning, *, interpreted: bool) -> dict[str, int | bool]:
     """The compile-time constants of the attention kernel."""
     return {
         "FORMAT": code,
         "HEAD_DIM": head_dim,
         "BLOCK_TOKENS": TOKENS_PER_BLOCK[code],
         "PANEL_WORDS": panel_bytes(code, head_dim) // 4,
-        "TOKENS": tokens,
-        "ROWS": QUERY_ROWS,
+        "TOKENS": tuning.tokens,
+        "ROWS": tuning.query_rows,
         "INTERPRETED": interpreted,
+        "K_WIDTH": K_WIDTH,
     }
 
 
@@ -230,8 +278,13 @@ def _check(
         "q": q, "slots": slots, "items": items, "seq_items": seq_items, "block_table": block_table, "out": out,
         "partial_values": partial_values, "partial_stats": partial_stats,
     }  # fmt: skip
+    if q.stride()[1:] != (head_dim, 1) or q.stride(0) * q.element_size() % ALIGN_BYTES:
+        raise ValueError(
+            f"the heads of q {list(q.shape)} must be contiguous and its rows aligned to {ALIGN_BYTES} bytes, "
+            f"not of strides {q.stride()}"
+        )
     for name, tensor in tensors.items():
-        if not tensor.is_contiguous():
+        if tensor is not q and not tensor.is_contiguous():
             raise ValueError(f"{name} {list(tensor.shape)} must be contiguous, not of strides {tensor.stride()}")
     check_place(tensors)
     return group
@@ -268,22 +321,21 @@ def paged_decode_attention_reference(
 @triton.jit
 def _attend_kernel(
     q, slots, items, block_table, partial_values, partial_stats,
-    log2_scale, slot_words, num_kv_heads, group,
+    log2_scale, q_stride, slot_words, num_kv_heads, group,
     FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, PANEL_WORDS: tl.constexpr,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, INTERPRETED: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, INTERPRETED: tl.constexpr, K_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One item and one KV head. ``log2_scale`` is the softmax scale for exponents of two."""
     item = tl.program_id(0) // num_kv_heads
     head = tl.program_id(0) % num_kv_heads  # neighbours read neighbouring panels
     if tl.load(items + 4 * item + 1) != FORMAT:
         return
-    sequence = tl.load(items + 4 * item)
+    sequence = tl.load(items + 4 * item).to(tl.int64)
     table = block_table + tl.load(items + 4 * item + 2)
     num_tokens = tl.load(items + 4 * item + 3)
     rows = tl.arange(0, ROWS)
-    first_head = (sequence.to(tl.int64) * num_kv_heads + head) * group
     partial_head = (item.to(tl.int64) * num_kv_heads + head) * group
-    queries = q + (first_head + rows)[:, None] * HEAD_DIM
+    queries = q + sequence * q_stride + (head * group + rows)[:, None] * HEAD_DIM
     panels = slots + head * (2 * PANEL_WORDS)
     target = partial_values + (partial_head + rows)[:, None] * HEAD_DIM
     if FORMAT == FP32 or FORMAT == BF16:  # noqa: SIM109 (compiled code knows no tuples of constants)
@@ -294,7 +346,7 @@ def _attend_kernel(
     else:
         peak, total = _attend_words(
             queries, rows < group, panels, table, num_tokens, log2_scale, slot_words, target,
-            FORMAT, HEAD_DIM, PANEL_WORDS, TOKENS, ROWS,
+            FORMAT, HEAD_DIM, PANEL_WORDS, TOKENS, ROWS, K_WIDTH,
         )  # fmt: skip
     stats = partial_stats + 2 * (partial_head + rows)
     tl.store(stats, peak, mask=rows < group)
@@ -344,56 +396,86 @@ def _attend_floats(
 def _attend_words(
     queries, is_head, panels, table, num_tokens, log2_scale, slot_words, target,
     FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, PANEL_WORDS: tl.constexpr,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, K_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Attention over 8-bit values in words of four, each plane of dims an operand of its own."""
-    WORDS: tl.constexpr = HEAD_DIM // 4
-    j = tl.arange(0, WORDS)
-    q0, q1, q2, q3, query_scale = _load_queries(queries, 4 * j, is_head)
-    score_scale = (query_scale * log2_scale)[:, None]
+    """Attention over 8-bit values in words of four: K as one operand, V as four planes of dims 4 j + i.
+
+    A step's loads are written one step ahead, each as soon as the registers that it fills are free.
+    """
+    BLOCKWISE: tl.constexpr = FORMAT >= MXFP8  # exponents of blocks of values, not scales of tokens
+    query, query_scale = _load_queries(queries, is_head, HEAD_DIM, K_WIDTH)
+    score_scale = (query_scale * log2_scale)[None, :]
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    unit_field = tl.full([], 1 << 23, tl.int32)  # exponent field of the power of two that weights are relative to
-    acc0 = tl.zeros([ROWS, WORDS], tl.float32)
-    acc1 = tl.zeros([ROWS, WORDS], tl.float32)
-    acc2 = tl.zeros([ROWS, WORDS], tl.float32)
-    acc3 = tl.zeros([ROWS, WORDS], tl.float32)
-    slot = _load_slots(table, 0, num_tokens, WORD_BLOCK_TOKENS, TOKENS)
-    k_words, k_scales, v_words, v_scales = load_step(
-        panels, slot, 0, num_tokens, slot_words, FORMAT, HEAD_DIM, PANEL_WORDS
-    )
-    slot = _load_slots(table, TOKENS, num_tokens, WORD_BLOCK_TOKENS, TOKENS)
+    v_unit = tl.full([], 1 << 23, tl.int32)  # the bits of the power of two that the sums of V are over
+    acc0 = tl.zeros([HEAD_DIM // 4, ROWS], tl.float32)
+    acc1 = tl.zeros([HEAD_DIM // 4, ROWS], tl.float32)
+    acc2 = tl.zeros([HEAD_DIM // 4, ROWS], tl.float32)
+    acc3 = tl.zeros([HEAD_DIM // 4, ROWS], tl.float32)
+    t = tl.arange(0, TOKENS)
+    ahead = panels + tl.load(table).to(tl.int64) * slot_words
+    k_words = load_k(ahead, FORMAT, HEAD_DIM)
+    k_scales = load_scales(ahead, num_tokens, FORMAT, HEAD_DIM)
+    v_evens = load_v(ahead + PANEL_WORDS, 0, FORMAT, HEAD_DIM, K_WIDTH)
+    v_odds = load_v(ahead + PANEL_WORDS, 1, FORMAT, HEAD_DIM, K_WIDTH)
+    v_scales = load_scales(ahead + PANEL_WORDS, num_tokens, FORMAT, HEAD_DIM)
+    slot = tl.load(table + 1, mask=num_tokens > TOKENS, other=0)
     for start in range(0, num_tokens, TOKENS):
-        k0, k1, k2, k3, k_scale = decode_words(k_words, k_scales, FORMAT, HEAD_DIM)
-        v0, v1, v2, v3, v_scale = decode_words(v_words, v_scales, FORMAT, HEAD_DIM)
-        ahead = start + TOKENS
-        k_words, k_scales, v_words, v_scales = load_step(
-            panels, slot, ahead, num_tokens, slot_words, FORMAT, HEAD_DIM, PANEL_WORDS
-        )  # fmt: skip
-        slot = _load_slots(table, ahead + TOKENS, num_tokens, WORD_BLOCK_TOKENS, TOKENS)
-        live = start + tl.arange(0, TOKENS) < num_tokens
-        scores = tl.dot(q0, tl.trans(k0))
-        scores = tl.dot(q1, tl.trans(k1), scores)
-        scores = tl.dot(q2, tl.trans(k2), scores)
-        scores = tl.dot(q3, tl.trans(k3), scores) * score_scale * k_scale[None, :]
-        scores = tl.where(live[None, :], scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - new_peak[:, None])
+        left = num_tokens - start - TOKENS
+        more = left > 0
+        panel = ahead
+        ahead = panels + slot.to(tl.int64) * slot_words
+        slot = tl.load(table + start // TOKENS + 2, mask=left > TOKENS, other=0)
+
+        if BLOCKWISE:
+            unit = unit_of(k_scales, FORMAT)
+            exponents = k_exponents(panel, unit, FORMAT, HEAD_DIM)
+            k_scale = float_of(unit)
+        else:
+            exponents = 0
+            k_scale = k_scales[:, None] * (256.0 if FORMAT == FP8_E4M3 else 1.0)
+        scores = tl.dot(k_operand(k_words, exponents, FORMAT, HEAD_DIM, K_WIDTH), query)
+        if more:
+            k_words = load_k(ahead, FORMAT, HEAD_DIM)
+            k_scales = load_scales(ahead, left, FORMAT, HEAD_DIM)
+        scores = scores * score_scale * k_scale
+        scores = tl.where(t[:, None] < left + TOKENS, scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, axis=0))
+        weights = tl.exp2(scores - new_peak[None, :])
         shrink = tl.exp2(peak - new_peak)
-        total = total * shrink + tl.sum(weights, axis=1)
+        total = total * shrink + tl.sum(weights, axis=0)
         peak = new_peak
-        new_field = tl.maximum(unit_field, tl.max(v_scale.to(tl.int32, bitcast=True), axis=0) & 0x7F800000)
-        one_over_unit = float_of((254 << 23) - new_field)
-        shrink = (shrink * (float_of(unit_field) * one_over_unit))[:, None]
-        unit_field = new_field
-        weights = (weights * (v_scale * one_over_unit * WEIGHT_SCALE)[None, :]).to(tl.float16)
-        acc0 = tl.dot(weights, v0, acc0 * shrink)
-        acc1 = tl.dot(weights, v1, acc1 * shrink)
-        acc2 = tl.dot(weights, v2, acc2 * shrink)
-        acc3 = tl.dot(weights, v3, acc3 * shrink)
-    acc = tl.join(tl.join(acc0, acc2), tl.join(acc1, acc3))  # [ROWS, WORDS, 2, 2]: dim 4j + 2x + y
-    acc = tl.reshape(acc, [ROWS, HEAD_DIM]) * (float_of(unit_field) * (1.0 / WEIGHT_SCALE))
-    tl.store(target + tl.arange(0, HEAD_DIM)[None, :], acc, mask=is_head[:, None])
+
+        if BLOCKWISE:
+            new_unit = tl.maximum(v_unit, unit_of(v_scales, FORMAT))
+            exponents = v_exponents(panel + PANEL_WORDS, new_unit, FORMAT, HEAD_DIM, K_WIDTH)
+            one_over_unit = float_of((254 << 23) - new_unit)
+            weights = (weights * WEIGHT_SCALE).to(tl.float16)
+        else:
+            exponents = 0
+            v_scale = v_scales * (256.0 if FORMAT == FP8_E4M3 else 1.0)
+            new_unit = tl.maximum(v_unit, tl.max(v_scale.to(tl.int32, bitcast=True), axis=0) & 0x7F800000)
+            one_over_unit = float_of((254 << 23) - new_unit)
+            weights = (weights * (v_scale * one_over_unit * WEIGHT_SCALE)[:, None]).to(tl.float16)
+        shrink = (shrink * (float_of(v_unit) * one_over_unit))[None, :]
+        v_unit = new_unit
+        front = (v_evens & 0xFFFF) | (v_odds << 16)
+        back = (v_evens >> 16) | (v_odds & 0xFFFF0000)
+        acc0 = tl.dot(v_operand(front, exponents, False, FORMAT, HEAD_DIM, K_WIDTH), weights, acc0 * shrink)
+        acc1 = tl.dot(v_operand(front, exponents, True, FORMAT, HEAD_DIM, K_WIDTH), weights, acc1 * shrink)
+        acc2 = tl.dot(v_operand(back, exponents, False, FORMAT, HEAD_DIM, K_WIDTH), weights, acc2 * shrink)
+        acc3 = tl.dot(v_operand(back, exponents, True, FORMAT, HEAD_DIM, K_WIDTH), weights, acc3 * shrink)
+        if more:
+            v_evens = load_v(ahead + PANEL_WORDS, 0, FORMAT, HEAD_DIM, K_WIDTH)
+            v_odds = load_v(ahead + PANEL_WORDS, 1, FORMAT, HEAD_DIM, K_WIDTH)
+            v_scales = load_scales(ahead + PANEL_WORDS, left, FORMAT, HEAD_DIM)
+    unit = float_of(v_unit) * (1.0 / WEIGHT_SCALE)
+    row = tl.arange(0, HEAD_DIM // 4)
+    place = tl.trans(target) + (row % 8 * (HEAD_DIM // 8) + row // 8 * 4)[:, None]
+    tl.store(place, acc0 * unit, mask=is_head[None, :])
+    tl.store(place + 1, acc1 * unit, mask=is_head[None, :])
+    tl.store(place + 2, acc2 * unit, mask=is_head[None, :])
+    tl.store(place + 3, acc3 * unit, mask=is_head[None, :])
     return peak, total
 
 
@@ -405,23 +487,17 @@ def _load_slots(table, start, num_tokens, BLOCK_TOKENS: tl.constexpr, TOKENS: tl
 
 
 @triton.jit
-def _load_queries(queries, columns, is_head):
-    """The queries' four planes as float16, each row over a power of two that brings its largest value to 1..2."""
-    q0 = to_f32(tl.load(queries + columns[None, :], mask=is_head[:, None], other=0.0))
-    q1 = to_f32(tl.load(queries + columns[None, :] + 1, mask=is_head[:, None], other=0.0))
-    q2 = to_f32(tl.load(queries + columns[None, :] + 2, mask=is_head[:, None], other=0.0))
-    q3 = to_f32(tl.load(queries + columns[None, :] + 3, mask=is_head[:, None], other=0.0))
-    largest = tl.maximum(tl.maximum(tl.abs(q0), tl.abs(q1)), tl.maximum(tl.abs(q2), tl.abs(q3)))
-    field = tl.max(largest, axis=1).to(tl.int32, bitcast=True) & 0x7F800000
+def _load_queries(queries, is_head, HEAD_DIM: tl.constexpr, K_WIDTH: tl.constexpr):
+    """float16 [HEAD_DIM, ROWS], dims as ``k_operand`` orders them, each column over a power of two."""
+    k = tl.arange(0, HEAD_DIM)  # h w c e p
+    if K_WIDTH == 4:
+        dim = k // 64 * 64 + k // 4 % 4 * 16 + k // 16 % 4 * 4 + k % 2 * 2 + k // 2 % 2
+    else:  # h w e c p
+        dim = k // 64 * 64 + k // 2 % 4 * 16 + k // 16 % 4 * 4 + k % 2 * 2 + k // 8 % 2
+    values = to_f32(tl.load(tl.trans(queries) + dim[:, None], mask=is_head[None, :], other=0.0))
+    field = tl.max(tl.abs(values), axis=0).to(tl.int32, bitcast=True) & 0x7F800000
     field = tl.minimum(tl.maximum(field, 1 << 23), 253 << 23)
-    inverse = float_of((254 << 23) - field)[:, None]
-    return (
-        (q0 * inverse).to(tl.float16),
-        (q1 * inverse).to(tl.float16),
-        (q2 * inverse).to(tl.float16),
-        (q3 * inverse).to(tl.float16),
-        float_of(field),
-    )
+    return (values * float_of((254 << 23) - field)[None, :]).to(tl.float16), float_of(field)
 
 
 @triton.jit

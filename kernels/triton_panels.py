@@ -1,142 +1,180 @@
 """How words of raw 8-bit KV become float16 operands, in registers. Bytes as docs/formats.md has them.
 
 Bytes 0 to 3 of word j are dims 4j to 4j + 3. Integer operations on whole words place each value's bits in a float16,
-which holds every value of these formats exactly up to a scale per token (but for values that are 2^-19 of the token's
-largest and less). The reference twin is ``hmad.compute.codecs.decode``, which kernels must not import: the tests
-compare the two.
+which holds every value of these formats exactly: int8 and fp8_e4m3 up to a scale per token, the others up to one *unit*
+per block of 32 tokens (but for values that are 2^-18 of the block's largest and less).
+
+Rows of the loads are in the order in which an operand of the tensor cores lies in the lanes, so that what a lane reads
+in 16 bytes stays in its registers. Only where a value's token and dim are matters for correctness, and that is plain
+indexing; if a compiler lays operands out otherwise, it moves the values, and the result is the same. The reference twin
+is ``hmad.compute.codecs.decode``, which kernels must not import: the tests compare the two.
 """
 
 import triton
 import triton.language as tl
 
-from hmad_kernels.triton_common import BFP8, FP8_E4M3, INT8, MXFP8, TILE_BYTES, float_of
+from hmad_kernels.triton_common import BFP8, INT8, MXFP8, TILE_BYTES
 
 WORD_BLOCK_TOKENS = tl.constexpr(32)  # tokens per block of every 8-bit format
-LOWEST_BFP8 = tl.constexpr(12)  # below this largest exponent field, a token's scale would be subnormal
-LOWEST_MXFP8 = tl.constexpr(7)
+# How far the exponent field of a block's unit is below the block's largest: the largest float16 exponent is for that.
+MXFP8_DEPTH, BFP8_DEPTH = tl.constexpr(6), tl.constexpr(11)
 
 
 @triton.jit
-def load_step(
-    panels, slot, start, num_tokens, slot_words,
-    FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, PANEL_WORDS: tl.constexpr,
-):  # fmt: skip
-    """Raw words and scales of K and V of the tokens from ``start`` on, one for each slot id."""
-    t = start + tl.arange(0, slot.shape[0])
-    panel = panels + slot.to(tl.int64) * slot_words
-    inside = t % WORD_BLOCK_TOKENS
-    k_words, k_scales = _load_panel(panel, inside, t < num_tokens, FORMAT, HEAD_DIM)
-    v_words, v_scales = _load_panel(panel + PANEL_WORDS, inside, t < num_tokens, FORMAT, HEAD_DIM)
-    return k_words, k_scales, v_words, v_scales
+def load_k(panel, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Words [HEAD_DIM / 64 * 128, 4], rows as _k_rows."""
+    t, first = _k_rows(HEAD_DIM)
+    return _load_words(panel, t, first, FORMAT, HEAD_DIM)
 
 
 @triton.jit
-def _load_panel(panel, t, live, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Tokens t [TOKENS] of the panels that begin at word panel[i]: words uint32 [TOKENS, HEAD_DIM / 4] and what their
-    scales are made of: a float32 of each token, an exponent field of each 32 dims (mxfp8), or two of them (bfp8).
-    """
-    WORDS: tl.constexpr = HEAD_DIM // 4
-    j = tl.arange(0, WORDS)
-    groups = tl.arange(0, HEAD_DIM // 32)
-    place = (t * WORDS)[:, None] + j[None, :]
+def load_v(panel, ODD: tl.constexpr, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, K_WIDTH: tl.constexpr):
+    """Words [128, HEAD_DIM / 32] of every other token, rows as _v_rows of eighths."""
+    t, first = _v_rows(ODD, HEAD_DIM // 16, HEAD_DIM, K_WIDTH)
+    words = _load_words(panel, t, first, FORMAT, HEAD_DIM)
+    if HEAD_DIM == 64:  # 16 bytes are two of its eighths
+        words = tl.permute(tl.reshape(words, [4, 4, 4, 2, 2]), (0, 1, 3, 2, 4))
+    return tl.reshape(words, [128, HEAD_DIM // 32])
+
+
+@triton.jit
+def k_exponents(panel, unit, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """The ``exponents`` that ``_halves`` takes of the rows of load_k: the same for both values of a pair."""
+    t, first = _k_rows(HEAD_DIM)
+    return (_exponent_bits(panel, t, first, unit, FORMAT, HEAD_DIM) * 0x10001)[:, None]
+
+
+@triton.jit
+def v_exponents(panel, unit, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, K_WIDTH: tl.constexpr):
+    """The same of the rows of load_v: a pair is an even and an odd token."""
+    even_t, first = _v_rows(0, 8, HEAD_DIM, K_WIDTH)
+    odd_t, first = _v_rows(1, 8, HEAD_DIM, K_WIDTH)
+    evens = _exponent_bits(panel, even_t, first, unit, FORMAT, HEAD_DIM)
+    odds = _exponent_bits(panel, odd_t, first, unit, FORMAT, HEAD_DIM)
+    return (evens | (odds << 16))[:, None]
+
+
+@triton.jit
+def _k_rows(HEAD_DIM: tl.constexpr):
+    """Token and first word of row (h, t, c): words 16 h + 4 c and three more of token t."""
+    row = tl.arange(0, HEAD_DIM // 64 * 128)
+    return row // 4 % 32, row // 128 * 16 + row % 4 * 4
+
+
+@triton.jit
+def _v_rows(ODD: tl.constexpr, PARTS: tl.constexpr, HEAD_DIM: tl.constexpr, K_WIDTH: tl.constexpr):
+    """Token and first word of row (half, s, g, c): part g of token 16 half + 4 c + 2 s + ODD (width 2: 2 c + 8 s)."""
+    row = tl.arange(0, 16 * PARTS)
+    quarter = row // (4 * PARTS)
+    t = row % 4 * 4 + quarter // 2 * 16 + quarter % 2 * 2 if K_WIDTH == 4 else row % 4 * 2 + quarter * 8
+    return t + ODD, row // 4 % PARTS * (HEAD_DIM // 4 // PARTS)
+
+
+@triton.jit
+def _load_words(panel, t, first, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """16 bytes of every row."""
+    place = _word_place(t, first, FORMAT, HEAD_DIM)
+    return tl.load(panel + place[:, None] + tl.arange(0, 4)[None, :]).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def load_scales(panel, num_tokens, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """int8, fp8_e4m3: a float32 of each token. Else the words of exponents, 0 in place of tokens that are not there."""
+    t = tl.arange(0, WORD_BLOCK_TOKENS)
     if FORMAT == MXFP8:
-        scale_place = (t * (HEAD_DIM // 32))[:, None] + groups[None, :]
-        scales = _load_bytes((panel + 8 * HEAD_DIM)[:, None], scale_place, live)
+        n = tl.arange(0, 8 * HEAD_DIM // 32)
+        words = tl.load(panel + 8 * HEAD_DIM + n, mask=n * 128 // HEAD_DIM < num_tokens, other=0)
+        if HEAD_DIM == 64:
+            words = tl.where(n * 2 + 1 < num_tokens, words, words & 0xFFFF)
+        return words
     elif FORMAT == BFP8:
-        place = (16 + t // 16 * 128 + t % 16 * 4)[:, None] + (j // 8 * (TILE_BYTES // 4) + j // 4 % 2 * 64 + j % 4)
-        scale_place = (t // 16 * 32 + t % 16)[:, None] + groups[None, :] * TILE_BYTES
-        scales = _load_bytes(panel[:, None], scale_place, live)
-        scales |= _load_bytes(panel[:, None] + 4, scale_place, live) << 8
+        n = tl.arange(0, 16 * HEAD_DIM // 32)
+        token = n % 16 // 8 * 16 + n % 4 * 4
+        words = tl.load(panel + n // 16 * (TILE_BYTES // 4) + n % 16, mask=token < num_tokens, other=0)
+        return words & ((1 << (tl.minimum(num_tokens - token, 4) * 8 - 1)) * 2 - 1)
     else:
-        scales = tl.load((panel + 8 * HEAD_DIM + t).to(tl.pointer_type(tl.float32)), mask=live, other=0.0)
-    words = tl.load(panel[:, None] + place, mask=live[:, None], other=0).to(tl.uint32, bitcast=True)
-    return words, scales
+        return tl.load((panel + 8 * HEAD_DIM + t).to(tl.pointer_type(tl.float32)), mask=t < num_tokens, other=0.0)
 
 
 @triton.jit
-def decode_words(words, scales, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Four planes float16 [TOKENS, HEAD_DIM / 4], and the float32 scale of each token that their values lack."""
-    if FORMAT == INT8:
-        p0, p1, p2, p3 = _int8_planes(words)
-        scale = scales
-    elif FORMAT == FP8_E4M3:
-        p0, p1, p2, p3 = _e4m3_planes(words)
-        scale = scales * 256.0
-    elif FORMAT == MXFP8:
-        largest = tl.maximum(tl.max(scales, axis=1), LOWEST_MXFP8)
-        factor = _as_half(_repeat(_half_power_bits(scales - largest[:, None] + 14), words.shape, 8))
-        p0, p1, p2, p3 = _e4m3_planes(words)
-        p0, p1, p2, p3 = p0 * factor, p1 * factor, p2 * factor, p3 * factor
-        scale = float_of((largest - 6) << 23)
-    else:
-        left, right = scales & 0xFF, scales >> 8
-        largest = tl.maximum(tl.max(tl.maximum(left, right), axis=1), LOWEST_BFP8)
-        shift = 5 - largest[:, None]
-        bits = tl.join(_half_power_bits(left + shift), _half_power_bits(right + shift))
-        factor = _as_half(_repeat(tl.reshape(bits, [words.shape[0], HEAD_DIM // 16]), words.shape, 4))
-        p0, p1, p2, p3 = _bfp8_planes(words, factor)
-        scale = float_of((largest - 11) << 23)
-    return p0, p1, p2, p3, scale
+def unit_of(exponents, FORMAT: tl.constexpr):
+    """The bits of the power of two that the operands of a block are relative to; not subnormal."""
+    DEPTH: tl.constexpr = MXFP8_DEPTH if FORMAT == MXFP8 else BFP8_DEPTH
+    low = tl.maximum(exponents & 0xFF, (exponents >> 8) & 0xFF)
+    high = tl.maximum((exponents >> 16) & 0xFF, (exponents >> 24) & 0xFF)
+    largest = tl.max(tl.maximum(low, high), axis=0)
+    return (tl.maximum(largest, DEPTH + 1) - DEPTH) << 23
 
 
 @triton.jit
-def _load_bytes(words, place, live):
-    """Byte ``place`` counted from a pointer to words, as int32. Read as a word: the compiler takes the narrowest load
-    that an operand depends on for the width of its values, and lays it out for that.
+def _word_place(t, j, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Where in a panel word j of token t is."""
+    if FORMAT == BFP8:
+        return 16 + t // 16 * 128 + t % 16 * 4 + j // 8 * (TILE_BYTES // 4) + j // 4 % 2 * 64 + j % 4
+    else:
+        return t * (HEAD_DIM // 4) + j
+
+
+@triton.jit
+def _exponent_bits(panel, t, first, unit, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """The exponents of 16 dims of a token relative to ``unit``, in the exponent field of a float16. Read as words."""
+    if FORMAT == MXFP8:
+        place = 32 * HEAD_DIM + t * (HEAD_DIM // 32) + first // 8
+    else:
+        place = first // 8 * TILE_BYTES + t // 16 * 32 + first // 4 % 2 * 16 + t % 16
+    exponent = (tl.load(panel + place // 4) >> (place % 4 * 8)) & 0xFF
+    DEPTH: tl.constexpr = MXFP8_DEPTH if FORMAT == MXFP8 else BFP8_DEPTH
+    TOP: tl.constexpr = 29 if FORMAT == MXFP8 else 30  # the field of the largest: no value overflows
+    exponent += TOP - DEPTH - (unit >> 23)
+    return (tl.minimum(tl.maximum(exponent, 0), TOP) << 10).to(tl.uint32)  # in place of no token it may be any
+
+
+@triton.jit
+def k_operand(words, exponents, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, K_WIDTH: tl.constexpr):
+    """[32, HEAD_DIM]: column (h, w, c, e, p) is dim 64 h + 16 c + 4 w + 2 p + e."""
+    H: tl.constexpr = HEAD_DIM // 64
+    p0, p2 = _halves(words, exponents, False, FORMAT)
+    p1, p3 = _halves(words, exponents, True, FORMAT)
+    both = tl.join(tl.join(p0, p2), tl.join(p1, p3))  # h t c w p e
+    both = tl.reshape(both, [H, 32, 4, 4, 2, 2])
+    both = tl.permute(both, (1, 0, 3, 2, 5, 4) if K_WIDTH == 4 else (1, 0, 3, 5, 2, 4))
+    return tl.reshape(both, [32, HEAD_DIM])
+
+
+@triton.jit
+def v_operand(
+    pairs, exponents, HIGH: tl.constexpr, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, K_WIDTH: tl.constexpr
+):
+    """One plane of V^T [HEAD_DIM / 4, 32]: row (w, g) is dim HEAD_DIM / 8 g + 4 w and 0 to 3 more, by plane.
+
+    ``pairs`` hold two bytes of an even token and the same two of the odd one next to it.
     """
-    word = tl.load(words + place // 4, mask=live[:, None], other=0)
-    return (word >> (place % 4 * 8)) & 0xFF
+    low, high = _halves(pairs, exponents, HIGH, FORMAT)
+    both = tl.reshape(tl.join(low, high), [2, 2, 8, 4, HEAD_DIM // 32, 2])  # half s g c w p
+    return tl.reshape(tl.permute(both, (4, 2, 0, 3, 1, 5) if K_WIDTH == 4 else (4, 2, 0, 1, 3, 5)), [HEAD_DIM // 4, 32])
 
 
 @triton.jit
-def _half_power_bits(exponent):
-    """The bits of 2^exponent as float16; 0 where it would be subnormal."""
-    return tl.maximum(exponent + 15, 0) << 10
-
-
-@triton.jit
-def _repeat(x, shape: tl.constexpr, TIMES: tl.constexpr):
-    """Each column of x TIMES times in a row."""
-    return tl.reshape(tl.broadcast_to(x[:, :, None], [x.shape[0], x.shape[1], TIMES]), shape)
+def _halves(pairs, exponents, HIGH: tl.constexpr, FORMAT: tl.constexpr):
+    """Bytes 0 and 2 (HIGH: 1 and 3) of words as two tensors of float16, two integer operations on both at once."""
+    if FORMAT == INT8:
+        bits = (pairs >> 8 if HIGH else pairs) & 0x00FF00FF ^ 0x64806480
+        return _as_half(bits) - 1152.0, _as_half(bits >> 16) - 1152.0
+    elif FORMAT == BFP8:
+        # With the implicit one, a magnitude is 128 + itself: the one, of the same exponent and sign, is subtracted.
+        zeros = (pairs if HIGH else pairs << 8) & 0x80008000 | exponents
+        bits = (pairs >> 8 if HIGH else pairs) & 0x007F007F | zeros
+        return _as_half(bits) - _as_half(zeros), _as_half(bits >> 16) - _as_half(zeros >> 16)
+    elif FORMAT == MXFP8:
+        magnitudes = (pairs >> 1 if HIGH else pairs << 7) & 0x3F803F80
+        signed = (pairs if HIGH else pairs << 8) & 0x80008000 | exponents
+        return _as_half(magnitudes) * _as_half(signed), _as_half(magnitudes >> 16) * _as_half(signed >> 16)
+    else:
+        bits = (pairs if HIGH else pairs << 8) & 0x80008000 | (pairs >> 1 if HIGH else pairs << 7) & 0x3F803F80
+        return _as_half(bits), _as_half(bits >> 16)
 
 
 @triton.jit
 def _as_half(bits):
     """The float16 that the low 16 bits are."""
     return (bits & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
-
-
-@triton.jit
-def _planes(even, odd):
-    """Words of two float16 of bytes 0 and 2, and of 1 and 3, as four planes."""
-    return _as_half(even), _as_half(odd), _as_half(even >> 16), _as_half(odd >> 16)
-
-
-@triton.jit
-def _int8_planes(words):
-    """Signed bytes as float16: with the sign bit flipped they are the low bits of 1024 + 128 + value."""
-    words ^= 0x80808080
-    p0, p1, p2, p3 = _planes((words & 0x00FF00FF) | 0x64006400, ((words >> 8) & 0x00FF00FF) | 0x64006400)
-    return p0 - 1152.0, p1 - 1152.0, p2 - 1152.0, p3 - 1152.0
-
-
-@triton.jit
-def _e4m3_planes(words):
-    """E4M3 bytes as float16 times 2^-8: sign, exponent and mantissa moved into place, subnormal numbers too. The byte
-    of a NaN, which no encoder writes, reads as 480.
-    """
-    shifted = words << 8
-    even = (shifted & 0x80008000) | ((shifted >> 1) & 0x3F803F80)
-    odd = (words & 0x80008000) | ((words >> 1) & 0x3F803F80)
-    return _planes(even, odd)
-
-
-@triton.jit
-def _bfp8_planes(words, factor):
-    """Sign and magnitude bytes as float16 times factor: as bytes of 128 + value, then as signed bytes are read."""
-    negative = words & 0x80808080
-    ones = negative >> 7
-    words = (words ^ (negative - ones) ^ 0x80808080) + ones  # 128 + m, or 127 - m + 1
-    p0, p1, p2, p3 = _planes((words & 0x00FF00FF) | 0x64006400, ((words >> 8) & 0x00FF00FF) | 0x64006400)
-    offset = factor * 1152.0
-    return p0 * factor - offset, p1 * factor - offset, p2 * factor - offset, p3 * factor - offset

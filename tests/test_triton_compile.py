@@ -40,6 +40,7 @@ POINTERS = {
 }  # fmt: skip
 FLOAT_SCALARS = {"log2_scale", "eps"}
 ALIGNED = {
+    "q_stride",
     "slot_words",
     "out_stride",
     "k_token_stride",
@@ -129,8 +130,8 @@ def test_packing_compiles(arch: str, head_dim: int, name: str, tmp_path: Path) -
 @every_variant
 def test_attention_compiles(arch: str, head_dim: int, name: str, tmp_path: Path) -> None:
     capability = CAPABILITIES[arch]
-    tuning = tuning_for(name, head_dim, capability)
-    constants = attend_constants(format_code(name), head_dim, tuning.tokens, interpreted=False)
+    tuning = tuning_for(name, capability)
+    constants = attend_constants(format_code(name), head_dim, tuning, interpreted=False)
     binary = compiled(triton_attention._attend_kernel, arch, constants, tuning.options())
     assert_no_spills(binary, arch, tmp_path)
     if capability is not None:

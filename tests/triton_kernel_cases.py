@@ -18,14 +18,18 @@ from torch import Tensor
 
 from hmad.compute.codecs import decode, encode
 from hmad.facts.formats import FORMATS, KVFormat
+from hmad_kernels import triton_attention
 from hmad_kernels.cpu_attention import append_kv as cpu_append_kv
 from hmad_kernels.triton_append import append_kv
 from hmad_kernels.triton_attention import (
     EMPTY,
+    PROGRAMS_PER_MULTIPROCESSOR,
+    Tuning,
     item_tokens_for,
     paged_decode_attention,
     paged_decode_attention_reference,
     partial_shapes,
+    plan_capacity,
     split_items,
 )
 from hmad_kernels.triton_common import FORMAT_NAMES, TOKENS_PER_BLOCK, divide, panel_bytes
@@ -213,6 +217,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     item_tokens: int = 128  # more than a step of the kernels' loops
     spare_items: int = 0
+    tuning: Tuning | None = None
 
     def __post_init__(self) -> None:
         case = paged(self.sequences, self.head_dim, self.group, self.dtype)
@@ -224,7 +229,7 @@ class Case:
         segments = self.seq_segments.numpy(), self.segments.numpy()
         capacity = len(split_items(*segments, self.item_tokens)[0]) + self.spare_items
         items, seq_items = split_items(*segments, self.item_tokens, capacity)
-        out = torch.full_like(self.q, float("nan"))
+        out = torch.full_like(self.q, float("nan"), memory_format=torch.contiguous_format)
         scratch = [
             torch.full(shape, float("nan"), device=DEVICE)
             for shape in partial_shapes(len(items), self.q.shape[1], self.head_dim)
@@ -232,7 +237,7 @@ class Case:
         paged_decode_attention(
             self.q, self.slots, torch.from_numpy(items).to(DEVICE), torch.from_numpy(seq_items).to(DEVICE),
             self.block_table, out, *scratch, self.sm_scale, NUM_KV_HEADS,
-            sorted({name for sequence in self.sequences for name, _ in sequence}),
+            sorted({name for sequence in self.sequences for name, _ in sequence}), self.tuning,
         )  # fmt: skip
         return out.cpu()
 
@@ -264,6 +269,15 @@ def test_query_heads_share_a_kv_head(group: int) -> None:
     assert case.error() < max(OPERAND_ERROR.values())
 
 
+@pytest.mark.parametrize("k_width", [2, 4])
+@pytest.mark.parametrize("query_rows", [8, 16])
+@head_dims
+def test_operands_in_any_layout(monkeypatch: pytest.MonkeyPatch, k_width: int, query_rows: int, head_dim: int) -> None:
+    monkeypatch.setattr(triton_attention, "K_WIDTH", k_width)
+    case = Case([[("bfp8", 40)]], head_dim, tuning=Tuning(32, 1, 1, query_rows=query_rows))
+    assert case.error() < OPERAND_ERROR["bfp8"]
+
+
 SEGMENTS = st.lists(st.tuples(st.sampled_from(list(FORMATS)), st.integers(1, 70)), min_size=1, max_size=3)
 
 
@@ -278,6 +292,16 @@ def test_segments_of_any_formats_mix(sequences: list[Segments], item_tokens: int
 def test_bfloat16_queries_and_results() -> None:
     mixed: Segments = [("bfp8", 45), ("bf16", 19)]
     assert Case([mixed, [("bf16", 1)]], dtype=torch.bfloat16).error() < 8e-3
+
+
+def test_queries_may_be_a_part_of_a_projection() -> None:
+    case = Case([[("bfp8", 40)], [("bf16", 20)], [("int8", 33)]])
+    expected = case.run()
+    num_heads = case.q.shape[1]
+    product = torch.full((3, num_heads + 2 * NUM_KV_HEADS, 64), float("nan"), device=DEVICE)
+    product[:, :num_heads] = case.q
+    case.q = product[:, :num_heads]
+    assert torch.equal(case.run(), expected)
 
 
 @pytest.mark.parametrize("name", list(FORMATS))
@@ -365,9 +389,58 @@ def test_items_refuse_odd_sizes_and_full_plans() -> None:
         split_items(seq_segments, segments, 64, capacity=3)
 
 
-def test_the_size_of_items_follows_the_work() -> None:
-    assert item_tokens_for(1000, 8, 1000) == 256  # never less
-    assert item_tokens_for(256 * 8192, 8, 2048) == 8192
+def test_items_of_a_segment_are_of_about_equal_size() -> None:
+    items, _ = split_items(np.array([0, 1]), np.array([[1, 650, 4]]), 128)
+    assert items.tolist() == [[0, 1, 4 + 8 * i, 128] for i in range(5)] + [[0, 1, 44, 10]]
+    items, _ = split_items(np.array([0, 1]), np.array([[2, 800, 0]]), 352)
+    assert items[:, 3].tolist() == [288, 288, 224]
+
+
+def uniform(batch: int, context: int, tail: int = 0, name: str = "int8") -> np.ndarray:
+    """The segments of a batch of equal sequences; where items begin does not matter."""
+    rows = [[FORMAT_NAMES.index(name), context, 0], [FORMAT_NAMES.index("bf16"), tail, 0]]
+    return np.array(rows[: 2 if tail else 1] * batch, dtype=np.int32)
+
+
+@pytest.mark.parametrize(
+    ("segments", "item_tokens", "num_items"),
+    [
+        (uniform(1, 1024), 64, 16),  # never less than 64
+        (uniform(8, 1024), 64, 128),  # 132 items of 8 programs are one wave of 132 x 8
+        (uniform(1, 32768), 256, 128),
+        (uniform(64, 2048), 1024, 128),
+        (uniform(4, 131072), 4000, 132),
+        (uniform(64, 8192), 1536, 384),  # long enough, and enough sequences, for three waves
+        (uniform(64, 8192, tail=100), 1536, 448),  # tails come on top
+        (uniform(256, 1024), 512, 512),  # at least two items of each
+        (uniform(8, 1024, name="bf16"), 256, 32),  # a wave is of 132 x 2
+    ],
+)
+def test_items_fill_waves(segments: np.ndarray, item_tokens: int, num_items: int) -> None:
+    assert item_tokens_for(segments, 8, 132) == item_tokens
+    assert (-(-segments[:, 1] // item_tokens)).sum() == num_items
+
+
+LENGTHS = st.one_of(st.integers(0, 200), st.integers(0, 4000), st.integers(0, 200_000))
+SEQUENCES = st.lists(
+    st.lists(st.tuples(st.integers(0, len(FORMAT_NAMES) - 1), LENGTHS), max_size=2), min_size=1, max_size=80
+)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(SEQUENCES, st.sampled_from([1, 4, 8]), st.sampled_from([1, 20, 132]))
+def test_plans_never_exceed_their_capacity(sequences: list[list[tuple[int, int]]], heads: int, processors: int) -> None:
+    rows = [(code, length, 0) for segments in sequences for code, length in segments]
+    segments = np.array(rows, dtype=np.int32).reshape(-1, 3)
+    seq_segments = np.cumsum([0] + [len(each) for each in sequences])
+    item_tokens = item_tokens_for(segments, heads, processors)
+    capacity = plan_capacity(len(sequences), heads, processors)
+    items, seq_items = split_items(seq_segments, segments, item_tokens, capacity)
+    assert len(items) == capacity <= PROGRAMS_PER_MULTIPROCESSOR * processors // heads + 4 * len(sequences) + 1
+    held = items[:, 1] != EMPTY
+    assert items[held, 3].sum() == segments[:, 1].sum()
+    assert (items[held, 3] > 0).all()
+    assert held.sum() == seq_items[-1]
 
 
 @numpy_warns
@@ -397,7 +470,11 @@ def test_attention_refuses_what_does_not_fit() -> None:
         launch(items=torch.zeros(1, 3, dtype=torch.int32, device=DEVICE))
     with pytest.raises(ValueError, match=r"partial_stats must be float32 \[1, 4, 2\]"):
         launch(partial_stats=torch.zeros(1, 4, 3, device=DEVICE))
-    with pytest.raises(ValueError, match=r"q \[1, 4, 64\] must be contiguous, not of strides"):
+    with pytest.raises(ValueError, match=r"heads of q \[1, 4, 64\] must be contiguous .* not of strides \(256, 1, 4"):
         launch(q=torch.zeros(1, 64, 4, device=DEVICE).mT)
+    with pytest.raises(ValueError, match=r"rows aligned to 16 bytes, not of strides \(258, 64, 1\)"):
+        launch(q=torch.zeros(258, device=DEVICE).as_strided((1, 4, 64), (258, 64, 1)))
+    with pytest.raises(ValueError, match=r"out \[1, 4, 64\] must be contiguous"):
+        launch(out=torch.zeros(1, 64, 4, device=DEVICE).mT)
     with pytest.raises(ValueError, match="block_table is on meta"):
         launch(block_table=torch.zeros(1, dtype=torch.int32, device="meta"))
