@@ -89,7 +89,7 @@ class Tuning:
 def tuning_for(format_name: str, capability: tuple[int, int] | None) -> Tuning:
     """The configuration for a device, by its CUDA compute capability; None stands for AMD. None of them spills."""
     if format_name == "fp32":
-        return Tuning(tokens=16, num_warps=4, num_stages=1)
+        return Tuning(tokens=16, num_warps=4, num_stages=1, max_registers=128)
     if format_name == "bf16":
         return Tuning(tokens=64, num_warps=4, num_stages=2 if capability is None else 3)
     if capability is None:

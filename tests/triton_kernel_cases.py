@@ -11,7 +11,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_cpu_kernels import NUM_KV_HEADS, Segments, both_dtypes, every_format, paged, wild_kv
 from torch import Tensor
@@ -429,6 +429,8 @@ SEQUENCES = st.lists(
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(SEQUENCES, st.sampled_from([1, 4, 8]), st.sampled_from([1, 20, 132]))
+@example([[(2, 4000), (2, 4000)]] * 8, 8, 1)  # more segments than programs
+@example([[(2, 8192), (1, 100)]] * 64, 8, 132)
 def test_plans_never_exceed_their_capacity(sequences: list[list[tuple[int, int]]], heads: int, processors: int) -> None:
     rows = [(code, length, 0) for segments in sequences for code, length in segments]
     segments = np.array(rows, dtype=np.int32).reshape(-1, 3)
