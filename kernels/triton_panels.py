@@ -79,14 +79,10 @@ def _load_words(panel, t, first, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def load_scales(panel, num_tokens, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """int8, fp8_e4m3: a float32 of each token. Else the words of exponents, 0 in place of tokens that are not there."""
+    """int8, fp8_e4m3: a float32 of each token. Else bytes of exponents, 0 in place of tokens that are not there."""
     t = tl.arange(0, WORD_BLOCK_TOKENS)
     if FORMAT == MXFP8:
-        n = tl.arange(0, 8 * HEAD_DIM // 32)
-        words = tl.load(panel + 8 * HEAD_DIM + n, mask=n * 128 // HEAD_DIM < num_tokens, other=0)
-        if HEAD_DIM == 64:
-            words = tl.where(n * 2 + 1 < num_tokens, words, words & 0xFFFF)
-        return words
+        return tl.load(_token_exponents(panel, t, HEAD_DIM), mask=t < num_tokens, other=0).to(tl.int32)
     elif FORMAT == BFP8:
         n = tl.arange(0, 16 * HEAD_DIM // 32)
         token = n % 16 // 8 * 16 + n % 4 * 4
@@ -119,14 +115,21 @@ def _word_place(t, j, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr):
 def _exponent_bits(panel, t, first, unit, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr):
     """The exponents of 16 dims of a token relative to ``unit``, in the exponent field of a float16. Read as words."""
     if FORMAT == MXFP8:
-        place = 32 * HEAD_DIM + t * (HEAD_DIM // 32) + first // 8
+        exponent = (tl.load(_token_exponents(panel, t, HEAD_DIM)).to(tl.int32) >> (first // 8 * 8)) & 0xFF
     else:
         place = first // 8 * TILE_BYTES + t // 16 * 32 + first // 4 % 2 * 16 + t % 16
-    exponent = (tl.load(panel + place // 4) >> (place % 4 * 8)) & 0xFF
+        exponent = (tl.load(panel + place // 4) >> (place % 4 * 8)) & 0xFF
     DEPTH: tl.constexpr = MXFP8_DEPTH if FORMAT == MXFP8 else BFP8_DEPTH
     TOP: tl.constexpr = 29 if FORMAT == MXFP8 else 30  # the field of the largest: no value overflows
     exponent += TOP - DEPTH - (unit >> 23)
     return (tl.minimum(tl.maximum(exponent, 0), TOP) << 10).to(tl.uint32)  # in place of no token it may be any
+
+
+@triton.jit
+def _token_exponents(panel, t, HEAD_DIM: tl.constexpr):
+    """mxfp8: where the exponents of each token's groups of 32 dims are, as one number."""
+    NUMBER: tl.constexpr = tl.int32 if HEAD_DIM == 128 else tl.uint16
+    return (panel + 8 * HEAD_DIM).to(tl.pointer_type(NUMBER)) + t
 
 
 @triton.jit
