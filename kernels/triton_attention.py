@@ -95,7 +95,7 @@ def tuning_for(format_name: str, capability: tuple[int, int] | None) -> Tuning:
     if capability is None:
         return Tuning(tokens=32, num_warps=1, num_stages=1)
     # From 169 to 255 registers, eight programs are resident; below, twelve, but not without spills.
-    registers = 240 if format_name in ("mxfp8", "bfp8") else 200
+    registers = 255 if format_name in ("mxfp8", "bfp8") else 200
     return Tuning(tokens=32, num_warps=1, num_stages=1, max_registers=registers, query_rows=8)
 
 
