@@ -5,6 +5,7 @@ import faulthandler
 import gc
 import resource
 import signal
+import sys
 from typing import Any, Protocol
 
 import numba
@@ -25,6 +26,10 @@ from hmad.facts.logs import get_logger
 from hmad.roles.engine import Engine
 
 log = get_logger(__name__)
+
+# The loop and a thread that launches GPU work take turns at Python. By default one that holds it may go on for 5 ms,
+# in which a GPU computes several layers.
+SWITCH_INTERVAL_S = 0.0005
 
 EXIT_OK, EXIT_FAILED = 0, 1
 
@@ -93,6 +98,7 @@ async def serve(config: Config) -> int:
     """Build the role, start it, and, when asked to, let it finish what it has and stop it in order; the exit code."""
     notifier = Notifier()
     notifier.tell("STATUS=loading the model")
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     node = await build(config)
     signals = Signals()
     loop = asyncio.get_running_loop()
