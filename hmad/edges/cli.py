@@ -25,7 +25,8 @@ COMMANDS = ("check-config", "print-config", "hash-key")
 USAGE = """hmad --role {prefill,decode} --model DIR [OPTION ...]    serve
        hmad check-config [OPTION ...]    print the resolved configuration, or every mistake in it
        hmad print-config                 print an hmad.toml with every default
-       hmad hash-key                     read an API key from stdin, print its line for --api-key-file"""
+       hmad hash-key                     read an API key from stdin, print its line for --api-key-file
+       hmad eval --model DIR TASK.jsonl ...    measure what precisions and KV formats cost in quality"""
 EPILOG = """Each option is also a key of the file (--max-queue is max_queue) and a variable (HMAD_MAX_QUEUE).
 The command line wins over variables, these over the file, the file over defaults. Sizes are bytes or
 512M, 8G (binary multiples). Lists are comma-separated."""
@@ -42,6 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
+    if argv[:1] == ["eval"]:  # it has options of its own
+        from hmad.edges.evaluation.command import main as evaluate
+
+        return evaluate(argv[1:])
     command, flags, strays = _parse(argv)
     if command == "print-config":
         print(default_toml(), end="")
