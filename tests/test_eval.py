@@ -185,12 +185,16 @@ def test_files_that_are_no_task(tmp_path: Path) -> None:
 
 # --- the journal, and what is made of it ---
 
-HEADER = Header("1.0", "model", "questions", "bf16/bf16", 2, 8)
+HEADER = Header("1.0", "model", "bf16/bf16", 8)
 ITEM = Item("sums", 7, Question("2+2=", "4"), [1], [2])
 
 
 def test_the_journal_forgets_half_a_line_and_nothing_else(tmp_path: Path) -> None:
-    records: list[Record] = [Free("a", "sums", 1, [5], True), Forced("b", "sums", 1, [0.5], [0.25]), Traffic("a", 9, 3)]
+    records: list[Record] = [
+        Free("a", "sums", "q1", [5], True),
+        Forced("b", "sums", "q1", [0.5], [0.25]),
+        Traffic("a", 9, 3),
+    ]
     journal = Journal(tmp_path, HEADER)
     for record in records:
         journal.add(record)
@@ -203,8 +207,8 @@ def test_the_journal_forgets_half_a_line_and_nothing_else(tmp_path: Path) -> Non
         again.close()
         assert [*again.free.values(), *again.forced.values(), *again.traffic] == records
         assert path.read_bytes() == whole
-    with pytest.raises(ConfigError, match="another evaluation, of which questions_digest, kl_tokens differs"):
-        Journal(tmp_path, Header("1.0", "model", "others", "bf16/bf16", 2, 9))
+    with pytest.raises(ConfigError, match="another evaluation, of which baseline, kl_tokens differs"):
+        Journal(tmp_path, Header("1.0", "model", "fp32/fp32", 9))
     path.write_bytes(whole.replace(b'"free"', b'"fee"'))
     with pytest.raises(ConfigError, match=r"journal\.jsonl:2 is damaged"):
         Journal(tmp_path, HEADER)
@@ -221,18 +225,18 @@ def test_the_journal_keeps_logits(tmp_path: Path) -> None:
 @pytest.fixture
 def measured(tmp_path: Path) -> Callable[[float], tuple[Settings, list[RowMeasures]]]:
     """Measures of made-up answers: the control is wrong, and far off, in this share of 1,000 questions."""
-    items = tuple(replace(ITEM, line=line) for line in range(1000))
+    items = tuple(replace(ITEM, question=Question(f"{number}+2=", "4")) for number in range(1000))
     chosen = Settings(Path("model"), (), tmp_path, candidates=(Pair("int8", "int8"),), kl_questions=1000)
 
     def of(wrong: float) -> tuple[Settings, list[RowMeasures]]:
         journal = Journal(tmp_path / str(wrong), HEADER)
         for row in chosen.rows:
             num_wrong = round(1000 * wrong) if row == chosen.control_row else 0
-            for line in range(1000):
-                right = line >= num_wrong
-                journal.add(Free(row.name, "sums", line, [4, 4] if right else [4, 5, 6], right))
+            for number, item in enumerate(items):
+                right = number >= num_wrong
+                journal.add(Free(row.name, *item.key, [4, 4] if right else [4, 5, 6], right))
                 kl = [] if row == chosen.baseline_row else [0.0 if right else 1.0]
-                journal.add(Forced(row.name, "sums", line, [math.log(2)], kl))
+                journal.add(Forced(row.name, *item.key, [math.log(2)], kl))
         journal.add(Traffic("int8/int8", 700, 3))
         journal.add(Traffic("int8/int8", 300, 2))
         journal.close()
@@ -372,7 +376,7 @@ def test_a_killed_evaluation_goes_on_and_finds_out_3_bits(tmp_path: Path) -> Non
     assert resumed.returncode == 0, told
     after = answers()
     assert after[: len(before)] == before
-    assert len(after) == len({tuple(json.loads(line)[key] for key in ("row", "line")) for line in after}) == 3 * 24
+    assert len(after) == len({tuple(json.loads(line)[key] for key in ("row", "question")) for line in after}) == 3 * 24
     assert printed.strip() == (output / "quality.md").read_text().strip()
     assert not processes_of(model)
 

@@ -3,7 +3,6 @@
 import argparse
 import asyncio
 import datetime
-import hashlib
 import json
 import os
 import platform
@@ -19,7 +18,7 @@ from hmad.edges.evaluation import table
 from hmad.edges.evaluation.journal import Header, Journal
 from hmad.edges.evaluation.measures import measure_all
 from hmad.edges.evaluation.nodes import EvaluationError
-from hmad.edges.evaluation.questions import BrokenLineError, Encode, OnBrokenLine, Question, Task, read_tasks
+from hmad.edges.evaluation.questions import BrokenLineError, Encode, OnBrokenLine, Question, read_tasks
 from hmad.edges.evaluation.run import run
 from hmad.edges.evaluation.settings import DEFAULT_BASELINE, DEFAULT_CANDIDATES, Pair, Settings, half_of_the_cores
 from hmad.facts.config import check_model_dir, parse_size
@@ -54,7 +53,7 @@ def evaluate(settings: Settings) -> int:
     encode = encoder(settings, model)
     tasks = read_tasks(settings.files, encode, settings.num_questions, settings.on_broken_line, tell)
     settings.output.mkdir(parents=True, exist_ok=True)
-    journal = Journal(settings.output, header(settings, tasks))
+    journal = Journal(settings.output, header(settings))
     try:
         asyncio.run(run(settings, tasks, journal))
         rows = measure_all(settings, tasks, journal, geometry)
@@ -98,16 +97,9 @@ def encoder(settings: Settings, model: ModelConfig) -> Encode:
     return encode
 
 
-def header(settings: Settings, tasks: Sequence[Task]) -> Header:
-    digest = hashlib.sha256(repr([(item.key, item.question) for task in tasks for item in task.items]).encode())
-    return Header(
-        __version__,
-        fingerprint(settings.model, "safetensors", 0).hex(),
-        digest.hexdigest(),
-        str(settings.baseline),
-        settings.kl_questions,
-        settings.kl_tokens,
-    )
+def header(settings: Settings) -> Header:
+    model = fingerprint(settings.model, "safetensors", 0).hex()
+    return Header(__version__, model, str(settings.baseline), settings.kl_tokens)
 
 
 def machine() -> str:

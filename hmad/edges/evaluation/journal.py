@@ -1,7 +1,7 @@
 """What has been measured so far, on disk: a killed evaluation goes on where it was.
 
-One JSON line per answer, appended as it comes. The first line says what is being evaluated, so that results of
-another model or of other questions are never mixed in. The baseline's logits stand in files of their own.
+One JSON line per answer, appended as it comes, under a digest of its question. The first line says what all results
+have in common, so that those of another model are never mixed in. The baseline's logits stand in files of their own.
 """
 
 import os
@@ -22,9 +22,7 @@ class Header(msgspec.Struct, tag="header", frozen=True):
 
     version: str
     model_fingerprint: str
-    questions_digest: str
     baseline: str
-    kl_questions: int
     kl_tokens: int
 
 
@@ -33,7 +31,7 @@ class Free(msgspec.Struct, tag="free", frozen=True):
 
     row: str
     task: str
-    line: int
+    question: str
     token_ids: list[int]
     right: bool
 
@@ -43,7 +41,7 @@ class Forced(msgspec.Struct, tag="forced", frozen=True):
 
     row: str
     task: str
-    line: int
+    question: str
     surprises: list[float]
     divergences: list[float]
 
@@ -65,8 +63,8 @@ class Journal:
     def __init__(self, directory: Path, header: Header) -> None:
         self._logits = directory / "logits"
         self._logits.mkdir(parents=True, exist_ok=True)
-        self.free: dict[tuple[str, str, int], Free] = {}
-        self.forced: dict[tuple[str, str, int], Forced] = {}
+        self.free: dict[tuple[str, str, str], Free] = {}
+        self.forced: dict[tuple[str, str, str], Forced] = {}
         self.traffic: list[Traffic] = []
         path = directory / "journal.jsonl"
         records = list(_whole_records(path))
@@ -98,13 +96,13 @@ class Journal:
         return logits
 
     def _logits_path(self, item: Item) -> Path:
-        return self._logits / f"{item.task}-{item.line}.f32"
+        return self._logits / "{}-{}.f32".format(*item.key)
 
     def _keep(self, record: Record) -> None:
         if isinstance(record, Free):
-            self.free[record.row, record.task, record.line] = record
+            self.free[record.row, record.task, record.question] = record
         elif isinstance(record, Forced):
-            self.forced[record.row, record.task, record.line] = record
+            self.forced[record.row, record.task, record.question] = record
         elif isinstance(record, Traffic):
             self.traffic.append(record)
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -54,9 +56,10 @@ class Item:
     prompt_token_ids: list[int]
     answer_token_ids: list[int]
 
-    @property
-    def key(self) -> tuple[str, int]:
-        return self.task, self.line
+    @cached_property
+    def key(self) -> tuple[str, str]:
+        """Results go by what was asked, not by where it stood: a file may grow, and what is done stays done."""
+        return self.task, blake2b(msgspec.json.encode(self.question), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True)
