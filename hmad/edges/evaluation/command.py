@@ -4,12 +4,13 @@ import argparse
 import asyncio
 import datetime
 import json
+import math
 import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn, TypeVar, get_args
+from typing import Any, NoReturn, TypeVar, get_args
 
 from hmad import __version__
 from hmad.compute.checkpoint import ModelConfig, fingerprint, read_config
@@ -20,8 +21,8 @@ from hmad.edges.evaluation.measures import measure_all
 from hmad.edges.evaluation.nodes import EvaluationError
 from hmad.edges.evaluation.questions import BrokenLineError, Encode, OnBrokenLine, Question, read_tasks
 from hmad.edges.evaluation.run import run
-from hmad.edges.evaluation.settings import DEFAULT_BASELINE, DEFAULT_CANDIDATES, Pair, Settings, half_of_the_cores
-from hmad.facts.config import check_model_dir, parse_size
+from hmad.edges.evaluation.settings import Pair, Settings
+from hmad.facts.config import check_model_dir, format_size, parse_size
 from hmad.facts.errors import ConfigError
 from hmad.facts.formats import FORMATS, KVGeometry
 
@@ -122,36 +123,40 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Sequence[str]) -> Settings:
+    """What is not said has the default of ``Settings``."""
     given = vars(_parser().parse_args(argv))
-    files, candidates = tuple(given.pop("files")), tuple(given.pop("candidates") or DEFAULT_CANDIDATES)
-    return Settings(files=files, candidates=candidates, **given)
+    given |= {name: tuple(given[name]) for name in ("files", "candidates") if name in given}
+    return Settings(**given)
 
 
 def _parser() -> _Parser:
-    parser = _Parser(prog="hmad eval", description=DESCRIPTION, allow_abbrev=False)
-    add = parser.add_argument
-    add("files", type=Path, nargs="+", metavar="TASK.jsonl", help="questions of one task")
-    add("--model", type=Path, required=True, metavar="DIR", help="Hugging Face directory of the model (required)")
-    add("--output", type=Path, default=Path("build/eval"), metavar="DIR", help="where results go, and are gone on from")
-    add("--baseline", type=_pair, default=DEFAULT_BASELINE, metavar="P/F", help="prefill precision and KV format")
-    known = f"what to compare with it; repeatable (default: {', '.join(map(str, DEFAULT_CANDIDATES))})"
-    add("--candidate", dest="candidates", type=_pair, action="append", metavar="P/F", help=known)
-    add("--questions", dest="num_questions", type=_count, metavar="N", help="the first N of each file (default: all)")
-    add("--kl-questions", type=_count, default=100, metavar="N", help="whose distributions are compared, of each file")
-    add(
-        "--kl-tokens",
-        type=_count,
-        default=32,
-        metavar="N",
-        help="tokens of each of these, whose logits are kept on disk",
+    parser = _Parser(prog="hmad eval", description=DESCRIPTION, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+
+    def add(flag: str, convert: Callable[[str], object], why: str, default: object = "", **more: Any) -> None:
+        note = f" (default: {default})" if default else ""
+        parser.add_argument(flag, type=convert, help=f"{why}{note}", **more)
+
+    known = Settings
+    candidates = ", ".join(map(str, known.candidates))
+    add("files", Path, "questions of one task", nargs="+", metavar="TASK.jsonl")
+    add("--model", Path, "Hugging Face directory of the model; required", required=True, metavar="DIR")
+    add("--output", Path, "where results go, and are gone on from", known.output, metavar="DIR")
+    add("--baseline", _pair, "prefill precision and KV format to compare with", known.baseline, metavar="P/F")
+    repeats = {"action": "append", "dest": "candidates", "metavar": "P/F"}
+    add("--candidate", _pair, "what to compare; repeatable", candidates, **repeats)
+    add("--questions", _count, "the first N of each file", "all", dest="num_questions", metavar="N")
+    add("--kl-questions", _count, "of each file, to compare distributions", known.kl_questions, metavar="N")
+    add("--kl-tokens", _count, "of each of these; their logits stay on disk", known.kl_tokens, metavar="N")
+    add("--at-once", _count, "questions asked at once", known.concurrency, dest="concurrency", metavar="N")
+    add("--margin", _points, "loss in percentage points that matters", 100 * known.margin, metavar="POINTS")
+    add("--max-kl", _positive, "mean KL in nats that matters", known.max_kl, metavar="NATS")
+    parser.add_argument(
+        "--on-broken-line",
+        choices=get_args(OnBrokenLine),
+        help=f"stop at a line that cannot be asked, or leave it out (default: {known.on_broken_line})",
     )
-    add("--at-once", dest="concurrency", type=_count, default=16, metavar="N", help="questions asked at once")
-    add("--margin", type=_points, default=0.005, metavar="POINTS", help="loss in percentage points that would matter")
-    add("--max-kl", type=float, default=1e-3, metavar="NATS", help="mean KL that would matter")
-    add("--on-broken-line", choices=get_args(OnBrokenLine), default="stop", help="leave such questions out, or stop")
-    add("--arena-bytes", type=_size, default=1 << 30, metavar="BYTES", help="the decode node's memory for KV: 512M, 8G")
-    half = half_of_the_cores()
-    add("--threads", type=_count, default=half, metavar="N", help="of each node (default: half of the cores)")
+    add("--arena-bytes", _size, "the decode node's memory for KV", format_size(known.arena_bytes), metavar="BYTES")
+    add("--threads", _count, "compute threads of each node", "half of the cores", metavar="N")
     return parser
 
 
@@ -165,8 +170,18 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"should be a number above 0, not {text!r}")
+    return number
+
+
 def _points(text: str) -> float:
-    return float(text) / 100
+    return _positive(text) / 100
 
 
 def _size(text: str) -> int:

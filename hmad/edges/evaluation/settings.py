@@ -63,7 +63,7 @@ class Settings:
 
     model: Path
     files: tuple[Path, ...]
-    output: Path
+    output: Path = Path("build/eval")
     baseline: Pair = DEFAULT_BASELINE
     candidates: tuple[Pair, ...] = DEFAULT_CANDIDATES
     num_questions: int | None = None
