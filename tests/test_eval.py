@@ -289,7 +289,7 @@ def run_eval(*words: object) -> subprocess.Popen[str]:
         (["--candidate", "int8"], "argument --candidate: 'int8' should be PRECISION/FORMAT"),
         (["--baseline", "bf16/int4"], "argument --baseline: .* KV format of fp32, bf16, int8, fp8_e4m3, mxfp8, bfp8"),
         (["--questions", "0"], "argument --questions: should be a whole number above 0, not '0'"),
-        (["--arena-bytes", "much"], "argument --arena-bytes: should be a size"),
+        (["--margin", "wide"], "argument --margin: should be a number above 0, not 'wide'"),
         (["--on-broken-line", "shrug"], "argument --on-broken-line: invalid choice"),
         (["--model", "/nowhere"], "/nowhere is not a directory"),
         (["--speed", "9"], "unrecognized arguments: --speed 9"),
@@ -321,7 +321,9 @@ def test_3_bits_are_left() -> None:
 def test_a_node_that_dies_is_told_with_its_log(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "model", head_dim=32)
     (tmp_path / "sums.jsonl").write_text(GOOD)
-    words = ("--candidate", "bf16/mxfp8", "--arena-bytes", 100, "--output", tmp_path / "out")
+    nodes = tmp_path / "nodes.toml"
+    nodes.write_text("[decode]\narena_bytes = 100\n")
+    words = ("--candidate", "bf16/mxfp8", "--config", nodes, "--output", tmp_path / "out")
     _, told = run_eval("--model", tmp_path / "model", *words, tmp_path / "sums.jsonl").communicate(timeout=60)
     assert "the decode node ended with exit code 2" in told, told
     assert "decode.log ends so:" in told

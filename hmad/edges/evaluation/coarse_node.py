@@ -6,13 +6,15 @@ this program, which puts itself between the device and whoever takes its encoded
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
-from hmad.compute.cpu import CpuPrefill
-from hmad.compute.device import EncodedBlocks, PrefillChunk, PrefillObserver, PrefillResult
+from hmad.compute.device import EncodedBlocks, KVHistory, PrefillChunk, PrefillDevice, PrefillObserver, PrefillResult
+from hmad.edges.devices import Prefilling, open_prefill
 from hmad.edges.evaluation import node_program
+from hmad.edges.node_model import NodeModel
+from hmad.facts.config import Config
 
 LARGEST = 3  # of the 3-bit integers -3..3, one scale per token and head
 
@@ -24,17 +26,31 @@ def coarsen(blocks: EncodedBlocks, head_dim: int) -> None:
     values.copy_((values / scale).round() * scale)
 
 
-class CoarsePrefill(CpuPrefill):
+@dataclass(frozen=True)
+class CoarseDevice:
+    """A device whose blocks are rounded on their way out."""
+
+    device: PrefillDevice
+    head_dim: int
+
     def prefill(self, chunks: Sequence[PrefillChunk], observer: PrefillObserver) -> PrefillResult:
         def encoded(blocks: EncodedBlocks) -> None:
-            coarsen(blocks, self.geometry.head_dim)
+            coarsen(blocks, self.head_dim)
             observer.blocks_encoded(blocks)
 
-        return super().prefill(chunks, replace(observer, blocks_encoded=encoded))
+        return self.device.prefill(chunks, replace(observer, blocks_encoded=encoded))
+
+    def new_history(self, num_tokens: int) -> KVHistory:
+        return self.device.new_history(num_tokens)
+
+
+def open_coarse(config: Config, model: NodeModel) -> Prefilling:
+    opened = open_prefill(config, model)
+    return replace(opened, device=CoarseDevice(opened.device, model.geometry.head_dim))
 
 
 if __name__ == "__main__":
     from hmad.edges import prefill_node
 
-    prefill_node.CpuPrefill = CoarsePrefill  # type: ignore[attr-defined]
+    prefill_node.open_prefill = open_coarse  # type: ignore[attr-defined]
     sys.exit(node_program.main())

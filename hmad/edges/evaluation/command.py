@@ -10,7 +10,7 @@ import platform
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args
+from typing import Any, NoReturn, get_args
 
 from hmad import __version__
 from hmad.compute.checkpoint import ModelConfig, fingerprint, read_config
@@ -22,11 +22,9 @@ from hmad.edges.evaluation.nodes import EvaluationError
 from hmad.edges.evaluation.questions import BrokenLineError, Encode, OnBrokenLine, Question, read_tasks
 from hmad.edges.evaluation.run import run
 from hmad.edges.evaluation.settings import Pair, Settings
-from hmad.facts.config import check_model_dir, format_size, parse_size
+from hmad.facts.config import check_model_dir
 from hmad.facts.errors import ConfigError
 from hmad.facts.formats import FORMATS, KVGeometry
-
-T = TypeVar("T")
 
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 
@@ -155,13 +153,16 @@ def _parser() -> _Parser:
         choices=get_args(OnBrokenLine),
         help=f"stop at a line that cannot be asked, or leave it out (default: {known.on_broken_line})",
     )
-    add("--arena-bytes", _size, "the decode node's memory for KV", format_size(known.arena_bytes), metavar="BYTES")
+    add("--config", Path, "hmad.toml with more knobs of both nodes", "none", dest="node_config", metavar="FILE")
     add("--threads", _count, "compute threads of each node", "half of the cores", metavar="N")
     return parser
 
 
 def _pair(text: str) -> Pair:
-    return _told_of(Pair.parse, text)
+    try:
+        return Pair.parse(text)
+    except ConfigError as error:  # argparse names the option
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _count(text: str) -> int:
@@ -182,15 +183,3 @@ def _positive(text: str) -> float:
 
 def _points(text: str) -> float:
     return _positive(text) / 100
-
-
-def _size(text: str) -> int:
-    return int(str(_told_of(parse_size, text)))
-
-
-def _told_of(parse_text: Callable[[str], T], text: str) -> T:
-    """argparse names the option whose value could not be read."""
-    try:
-        return parse_text(text)
-    except (ConfigError, ValueError) as error:
-        raise argparse.ArgumentTypeError(str(error)) from error

@@ -88,8 +88,8 @@ async def while_alive(work: Awaitable[T], nodes: Sequence[Node]) -> T:
 async def running_decode(settings: Settings) -> AsyncIterator[tuple[Node, int]]:
     """A decode node that takes every format, and its stream port."""
     stream_port = free_port()
-    flags = {"stream_port": stream_port, "arena_bytes": settings.arena_bytes}
-    async with _running("decode", PROGRAM, settings, settings.output / "decode.log", flags) as node:
+    log = settings.output / "decode.log"
+    async with _running("decode", PROGRAM, settings, log, {"stream_port": stream_port}) as node:
         await while_alive(node.wait_healthy("/livez"), [node])
         yield node, stream_port
 
@@ -114,7 +114,15 @@ async def _running(
     role: str, program: str, settings: Settings, log: Path, flags: Mapping[str, object]
 ) -> AsyncIterator[Node]:
     port = free_port()
-    common = {"role": role, "model": settings.model, "port": port, "threads": settings.threads, "log_level": "warning"}
+    common: dict[str, object] = {
+        "role": role,
+        "model": settings.model,
+        "port": port,
+        "threads": settings.threads,
+        "log_level": "warning",
+    }
+    if settings.node_config:
+        common["config"] = settings.node_config
     words = [
         word for name, value in {**common, **flags}.items() for word in (f"--{name.replace('_', '-')}", str(value))
     ]

@@ -73,7 +73,7 @@ class Settings:
     margin: float = 0.005
     max_kl: float = 1e-3
     on_broken_line: OnBrokenLine = "stop"
-    arena_bytes: int = 1 << 30
+    node_config: Path | None = None  # an hmad.toml for both nodes
     threads: int = field(default_factory=half_of_the_cores)
 
     @property
