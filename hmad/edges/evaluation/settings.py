@@ -53,7 +53,7 @@ class Row:
 
 
 def half_of_the_cores() -> int:
-    """Two nodes share this machine, and teams of threads that fight for cores take ten times as long."""
+    """Two nodes share this machine, and teams of threads that fight for cores take five times as long."""
     return max(1, len(os.sched_getaffinity(0)) // 2)
 
 
