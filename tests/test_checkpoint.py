@@ -1,6 +1,7 @@
 """The model directory as input: what is read right, what is refused and in which words, what it costs in memory."""
 
 import json
+import math
 import shutil
 import struct
 import subprocess
@@ -377,3 +378,14 @@ def test_anonymous_memory_peaks_below_the_weights_and_a_quarter(large_dir: Path,
     assert peak_bytes < 1.25 * weight_bytes
     # And the measurement measures: what is held is there.
     assert end_bytes > 0.7 * weight_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("Qwen3-0.6B", 0.596), ("Qwen3-4B", 4.02), ("Qwen3-8B", 8.19), ("Qwen3-14B", 14.77), ("Qwen3-32B", 32.76)],
+)
+def test_shipped_shapes_have_the_published_numbers_of_parameters(name: str, billions: float) -> None:
+    config = read_config(Path(__file__).parent.parent / "scripts" / "models" / name)
+    num_parameters = sum(math.prod(shape) for shape in expected_tensors(config).values())
+    assert num_parameters / 1e9 == pytest.approx(billions, abs=0.005)
+    assert (config.num_kv_heads, config.head_dim) == (8, 128)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from checkpoints import write_checkpoint
 from daemons import Answer, Daemon, DecodeDaemon, PrefillDaemon, running, wait_for
 from openai import OpenAI
@@ -379,3 +380,14 @@ def test_dummy_weights_an_emulated_precision_and_a_restricted_decode_node(model:
         answer = prefill.complete(PROMPT, max_tokens=4, temperature=0, ignore_eos=True)
         assert answer.json["usage"]["completion_tokens"] == 4
         decode.wait_until_empty()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_told(model: Path) -> None:
+    decode = DecodeDaemon(model, device="cuda:0")
+    for daemon in (decode, PrefillDaemon(model, [decode], device="cuda:0")):
+        daemon.start()
+        assert daemon.end() == 2
+        assert "--device cuda:0: torch" in daemon.log
+        assert "finds no GPU here" in daemon.log
+        daemon.kill()
