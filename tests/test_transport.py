@@ -19,7 +19,7 @@ import pytest
 import xxhash
 
 from hmad.compute.arena import Arena
-from hmad.compute.landing import HostLanding
+from hmad.compute.landing import HostLanding, Landing
 from hmad.compute.sequence import DecodeSequence
 from hmad.compute.staging import StagingPool
 from hmad.facts.errors import RemoteError, TransferAborted
@@ -110,14 +110,20 @@ class StubEngine:
 class Decode:
     """A decode node without an engine."""
 
-    def __init__(self, lease_s: float = LEASE_S, key: bytes | None = None, **changes: Any) -> None:
+    def __init__(
+        self,
+        lease_s: float = LEASE_S,
+        key: bytes | None = None,
+        landing: Callable[[Arena], Landing] = HostLanding,
+        **changes: Any,
+    ) -> None:
         self.failures: list[str] = []
         self.rates: list[float] = []
         arena = Arena(GEOMETRY, NUM_SLOTS * GEOMETRY.num_layers * GEOMETRY.slot_bytes)
         self.arena = arena
         self.role = DecodeRole(
             arena,
-            HostLanding(arena),
+            landing(arena),
             FORMATS["bf16"],
             4096,
             1000,
@@ -248,8 +254,13 @@ async def linked(port: int, rate: float | None = None, bulks: int = 1, **changes
 
 
 @asynccontextmanager
-async def pair(fmt: KVFormat = BFP8, lease_s: float = LEASE_S, **link_options: Any) -> AsyncIterator[Pair]:
-    decode = Decode(lease_s)
+async def pair(
+    fmt: KVFormat = BFP8,
+    lease_s: float = LEASE_S,
+    landing: Callable[[Arena], Landing] = HostLanding,
+    **link_options: Any,
+) -> AsyncIterator[Pair]:
+    decode = Decode(lease_s, landing=landing)
     proxy = Proxy(decode.port)
     async with serving(decode):
         await proxy.start()

@@ -121,11 +121,15 @@ class CudaDecode:
         return plan_capacity(num_rows, self.model.config.num_kv_heads, self._num_multiprocessors)
 
     def warm_up(self, formats: Sequence[str]) -> None:
-        """Have every kernel compiled before the first request waits for it."""
+        """Have every kernel compiled before the first request waits for it. The largest graph comes first: the others
+        share its memory, which captured in the order of a growing load would be a piece for each.
+        """
         with fatal_faults(), torch.inference_mode(), torch.cuda.stream(self._stream):
-            for name in formats:
-                self._graph_for(1, tuple(n for n in FORMAT_NAMES if n in (name, self._tail_format.name)))
+            for num_rows in (self._buckets[-1], 1):
+                for name in formats:
+                    self._graph_for(num_rows, tuple(n for n in FORMAT_NAMES if n in (name, self._tail_format.name)))
             self._stream.synchronize()
+        torch.cuda.empty_cache()
 
     # --- one step ---
 
@@ -136,20 +140,31 @@ class CudaDecode:
                 members = self._adopt(batch, {} if members is None else members.rows)
             num_rows = next(size for size in self._buckets if size >= len(batch))
             graph = self._graph_for(num_rows, members.formats)
-            self._fill(members, num_rows)
-            self._inputs.upload()
-            graph.replay()
-            arrays = self._outputs.next_turn()
-            self._outputs.download()
-            described = {row: self._logits[row].to("cpu", non_blocking=True) for row in members.described}
-            done = torch.cuda.Event(blocking=True)
-            done.record()
+            try:
+                arrays, described, done = self._replay(members, num_rows, graph)
+            except Exception:
+                self._stream.synchronize()  # nobody else will wait for what was begun
+                raise
         outcomes = partial(
             self._collect, batch.sequences, members.index.tolist(), batch.positions.tolist(), arrays, described, done
         )
         members.launched()
         self._members = members
         return outcomes
+
+    def _replay(
+        self, members: Members, num_rows: int, graph: torch.cuda.CUDAGraph
+    ) -> tuple[dict[str, np.ndarray], dict[int, Tensor], torch.cuda.Event]:
+        """One step's metadata up, the graph, and its outcomes down: they are there after the event."""
+        self._fill(members, num_rows)
+        self._inputs.upload()
+        graph.replay()
+        arrays = self._outputs.next_turn()
+        self._outputs.download()
+        described = {row: self._logits[row].to("cpu", non_blocking=True) for row in members.described}
+        done = torch.cuda.Event(blocking=True)
+        done.record()
+        return arrays, described, done
 
     def _collect(
         self,

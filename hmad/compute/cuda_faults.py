@@ -7,6 +7,8 @@ import torch
 
 from hmad.facts.errors import DeviceFault
 
+OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
+
 
 @contextmanager
 def fatal_faults() -> Iterator[None]:
@@ -16,4 +18,6 @@ def fatal_faults() -> Iterator[None]:
     try:
         yield
     except torch.AcceleratorError as error:
+        if getattr(error, "error_code", None) == OUT_OF_MEMORY:  # of pinned memory, or of a graph
+            raise
         raise DeviceFault(f"the device has failed, and everything on it is lost: {error}") from error

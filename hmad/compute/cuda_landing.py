@@ -22,6 +22,7 @@ from hmad.facts.logs import get_logger
 log = get_logger(__name__)
 
 PAGES_PER_LANE = 2
+CLOSE_S = 5.0  # a GPU that hangs is not to keep the process
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ class CudaLanding:
     def open_lane(self, when_free: Callable[[], object]) -> "CudaLane":
         with self._lock:
             while len(self._spare) < PAGES_PER_LANE and self._pages_left:
+                self._spare.append(self._new_page())
                 self._pages_left -= 1
-                self._spare.append(Page(torch.empty(self._layer_bytes, dtype=torch.uint8, pin_memory=True)))
             if len(self._spare) < PAGES_PER_LANE:
                 raise LocalError(
                     f"this decode node has no landing memory for one more bulk channel: raise its --landing-bytes of "
@@ -86,12 +87,18 @@ class CudaLanding:
             pages = [self._spare.pop() for _ in range(PAGES_PER_LANE)]
         return CudaLane(self._arena, pages, self._jobs.put, when_free, self._take_back)
 
+    def _new_page(self) -> Page:
+        try:
+            return Page(torch.empty(self._layer_bytes, dtype=torch.uint8, pin_memory=True))
+        except RuntimeError as error:
+            raise LocalError(f"no {self._layer_bytes} bytes of pinned memory for a bulk channel: {error}") from error
+
     def when_stored(self, then: Callable[[], object]) -> None:
         self._jobs.put(then)
 
     def close(self) -> None:
         self._jobs.put(None)
-        self._thread.join()
+        self._thread.join(CLOSE_S)
 
     def _take_back(self, pages: list[Page]) -> None:
         """Pages of a lane that is gone, once nothing reads them any more."""
@@ -155,6 +162,8 @@ class CudaLane:
     def place(
         self, layer_id: int, slots: np.ndarray, fmt: KVFormat, first_head: int, num_heads: int
     ) -> list[memoryview]:
+        if not self.is_free:
+            raise LocalError("a LAYER was to be received over one that is still being copied")
         geometry = self._arena.geometry
         offset, size = geometry.block_bytes(fmt, first_head), geometry.block_bytes(fmt, num_heads)
         self._placed = Placed(layer_id, slots, offset, size)

@@ -123,6 +123,9 @@ class CudaPrefill:
                 forward = self._graphs.forward if len(batch.token_ids) <= self._graphs.max_rows else self.model.forward
                 hidden = forward(batch.token_ids, batch.positions, batch.attend, batch.layer_begins)
                 first_tokens = self._sample_first(batch.packed, hidden)
+            except Exception:
+                self.side_stream.synchronize()  # before what it reads is given to others
+                raise
             finally:
                 batch.ship_rest()
         for chunk in chunks:

@@ -14,12 +14,12 @@ class Lane(Protocol):
 
     @property
     def is_free(self) -> bool:
-        """Whether the next LAYER has room. If not, the lane's ``when_free`` will be called."""
+        """Whether the next LAYER has room. If not, ``when_free`` is called once it has, and perhaps before."""
 
     def place(
         self, layer_id: int, slots: np.ndarray, fmt: KVFormat, first_head: int, num_heads: int
     ) -> list[memoryview]:
-        """Where the bytes of these blocks and heads are to be received, in wire order. Only while the lane is free."""
+        """Where the bytes of these blocks and heads are to be received, in wire order. LocalError unless it is free."""
 
     def store(self) -> None:
         """What was received into the last ``place`` is verified: bring it to its slots."""

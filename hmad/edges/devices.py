@@ -3,8 +3,11 @@
 Loading is heavy work: it belongs into a passing thread (``node_model.in_passing_thread``).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+import torch
 
 from hmad.compute import cpu
 from hmad.compute.arena import Arena
@@ -16,6 +19,7 @@ from hmad.compute.model import Qwen3
 from hmad.compute.staging import StagingPool
 from hmad.edges.node_model import LANDING_PAGE_BYTES, NodeModel
 from hmad.facts.config import GIB, Config
+from hmad.facts.errors import ConfigError
 from hmad.facts.formats import FORMATS
 
 CPU_ARENA_BYTES = GIB  # where the configuration says nothing
@@ -40,12 +44,26 @@ class Decoding:
 
 def open_prefill(config: Config, model: NodeModel) -> Prefilling:
     """Load the weights, take the memory, compile the kernels. Raises ConfigError or ModelError."""
-    return _cpu_prefill(config, model) if config.device == "cpu" else _cuda_prefill(config, model)
+    with enough_memory(config):
+        return _cpu_prefill(config, model) if config.device == "cpu" else _cuda_prefill(config, model)
 
 
 def open_decode(config: Config, model: NodeModel, lost: Callable[[Exception], object]) -> Decoding:
     """The same for a decode node. ``lost`` hears, on any thread, that the device is lost."""
-    return _cpu_decode(config, model) if config.device == "cpu" else _cuda_decode(config, model, lost)
+    with enough_memory(config):
+        return _cpu_decode(config, model) if config.device == "cpu" else _cuda_decode(config, model, lost)
+
+
+@contextmanager
+def enough_memory(config: Config) -> Iterator[None]:
+    """What was reckoned beforehand was not there: another process took of the GPU meanwhile."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"--device {config.device} ran out of memory while the node was being built: nodes that share a GPU need a "
+            f"--device-memory each ({error})"
+        ) from error
 
 
 def _load(config: Config, device: str) -> Qwen3:

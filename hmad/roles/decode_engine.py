@@ -60,6 +60,7 @@ class DecodeEngine(Engine):
         self._dropping: set[DecodeSequence] = set()
         self._batch = DecodeBatch([])
         self._in_flight: LaunchedStep | None = None
+        self._done: LaunchedStep | None = None  # to be collected
         self._ended: dict[DecodeSequence, None] = {}  # in the step in flight all the same; in order
 
     def join_batch(self, sequences: Iterable[DecodeSequence]) -> None:
@@ -91,9 +92,14 @@ class DecodeEngine(Engine):
         """Compose and launch the next step; then take what the device has done."""
         self._report(self._compose())
         launched = self._launch() if self._batch.sequences else None
-        done, self._in_flight = (self._in_flight, launched) if self._device.runs_ahead else (launched, None)
-        if done:
-            self._report(self._collect(done))
+        if self._device.runs_ahead:
+            self._done, self._in_flight = self._in_flight, launched
+        else:
+            self._done = launched
+        if self._done:
+            outputs = self._collect(self._done)
+            self._done = None
+            self._report(outputs)
 
     def _compose(self) -> list[StepOutput]:
         """Take what joined and what is to be dropped; rebuild the batch only when its members change."""
@@ -154,9 +160,9 @@ class DecodeEngine(Engine):
 
     def _abandon(self, error: LocalError) -> None:
         with self._wake:
-            in_flight = self._in_flight.sequences if self._in_flight else []
-            there = dict.fromkeys([*in_flight, *self._batch.sequences, *self._waiting, *self._ended])
-            self._batch, self._waiting, self._in_flight = DecodeBatch([]), deque(), None
+            launched = [s for step in (self._done, self._in_flight) if step for s in step.sequences]
+            there = dict.fromkeys([*launched, *self._batch.sequences, *self._waiting, *self._ended])
+            self._batch, self._waiting, self._done, self._in_flight = DecodeBatch([]), deque(), None, None
             failed = [s for s in there if s not in self._ended]
             self._ended.clear()
         self._deliver([StepOutput(s, len(s.output_token_ids), None, None, error) for s in failed], list(there))

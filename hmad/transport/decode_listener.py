@@ -151,10 +151,17 @@ class DecodeListener:
     def open_lane(self, connection: FrameConnection) -> Lane:
         """Where a bulk connection's LAYERs land. Raises RemoteProtocolError when there is no memory for one more."""
         loop = asyncio.get_running_loop()
+
+        def freed() -> None:
+            # Asked again: it may be told of one page while the next LAYER's is still being read.
+            if lane.is_free:
+                connection.resume()
+
         try:
-            return self.host.open_lane(lambda: loop.call_soon_threadsafe(connection.resume))
+            lane = self.host.open_lane(lambda: loop.call_soon_threadsafe(freed))
         except LocalError as error:
             raise RemoteProtocolError(str(error)) from error
+        return lane
 
     def tell_load(self) -> None:
         """Slots were taken or given back: every prefill node that waits for some shall know."""

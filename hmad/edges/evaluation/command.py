@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import datetime
+import hashlib
 import json
 import math
 import os
@@ -98,7 +99,9 @@ def encoder(settings: Settings, model: ModelConfig) -> Encode:
 
 def header(settings: Settings) -> Header:
     model = fingerprint(settings.model, "safetensors", 0).hex()
-    return Header(__version__, model, str(settings.baseline), settings.kl_tokens)
+    config = settings.node_config
+    config_digest = hashlib.sha256(config.read_bytes()).hexdigest() if config else ""
+    return Header(__version__, model, str(settings.baseline), settings.kl_tokens, config_digest)
 
 
 def machine() -> str:

@@ -24,6 +24,7 @@ class Header(msgspec.Struct, tag="header", frozen=True):
     model_fingerprint: str
     baseline: str
     kl_tokens: int
+    node_config: str = ""  # SHA-256 of the nodes' hmad.toml, where there is one
 
 
 class Free(msgspec.Struct, tag="free", frozen=True):

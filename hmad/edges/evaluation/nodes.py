@@ -14,6 +14,7 @@ import aiohttp
 from hmad.edges.evaluation.settings import PROGRAM, Row, Settings
 from hmad.facts.errors import HmadError
 
+UNHEALTHY_S = 30.0  # both nodes of a pair are up, and one of them cannot serve
 POLL_S = 0.1
 DYING_S = 2.0  # a broken connection is often the first that is seen of a dying node
 STOP_S = 20.0
@@ -46,13 +47,19 @@ class Node:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_LINES:])
 
     async def wait_healthy(self, path: str) -> None:
-        """Poll until it answers 200; loading a large model takes minutes."""
+        """Poll until it answers 200; loading a large model takes minutes. Raises EvaluationError with the last answer
+        once it has answered otherwise for long.
+        """
+        answered_s = 0.0
         async with aiohttp.ClientSession() as session:
             while True:
-                with suppress(aiohttp.ClientError):
+                with suppress(aiohttp.ClientError, TimeoutError):
                     async with session.get(f"{self.url}{path}") as response:
                         if response.status == 200:
                             return
+                        answered_s += POLL_S
+                        if answered_s > UNHEALTHY_S:
+                            raise EvaluationError(f"the {self.role} node says {path}: {await response.text()}")
                 await asyncio.sleep(POLL_S)
 
     async def stop(self) -> None:
