@@ -13,7 +13,7 @@ is its own share of the operand: the query and the result are permuted instead o
 changes its place. Limit: raw bytes over memory bandwidth.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -29,7 +29,6 @@ from hmad_kernels.triton_common import (
     FORMAT_NAMES,
     FP8_E4M3,
     FP32,
-    INT8,
     MXFP8,
     TOKENS_PER_BLOCK,
     check_head_dim,
@@ -55,9 +54,14 @@ from hmad_kernels.triton_panels import (
 
 LOG2_E = 1.4426950408889634
 MAX_GROUP = 8
-RESIDENT_PROGRAMS = (2, 8)  # of a multiprocessor at once: of float formats, of 8-bit formats (12, if registers allow)
+RESIDENT_PROGRAMS = 8  # of a multiprocessor at once, where the compiler does not tell
 PROGRAMS_PER_MULTIPROCESSOR = 24  # that a plan may have: three waves of 8, two of 12
-SMALL_BATCH = 4  # whose plans have one wave of 8: programs without an item cost time as well
+SMALL_BATCH = 4  # whose plans have one wave of 8 or 12: programs without an item cost time as well
+SMALL_BATCH_PROGRAMS = 12
+FULL_ENOUGH = 0.95  # of the fullest last wave that any size of items gives: then larger items are better
+WARP_REGISTERS = 256  # registers are given to a warp in multiples of these
+QUARTERS, QUARTER_REGISTERS = 4, 16384  # of a multiprocessor, each with its own registers
+SHARED_BYTES_OF_A_PROGRAM = 1024  # that the system takes on top of what the program asks for
 LEAST_ITEM_TOKENS = 64  # shorter items cost the merge more than they save
 WAVE_ITEM_TOKENS = 512  # items that are at least so long leave room for one more wave
 MOST_BLOCK_TOKENS = max(TOKENS_PER_BLOCK)
@@ -136,36 +140,73 @@ def split_items(
     return items, np.concatenate(([0], ends)).astype(np.int32)[seq_segments]
 
 
-def item_tokens_for(segments: np.ndarray, num_kv_heads: int, num_multiprocessors: int) -> int:
+def item_tokens_for(
+    segments: np.ndarray, num_kv_heads: int, num_multiprocessors: int, resident: Mapping[str, int]
+) -> int:
     """The size of items whose programs fill the multiprocessors in whole waves; ``segments`` as for split_items.
 
-    The waves are of the kind of format (8-bit or not) that most tokens have. Items of the other kind, such as the tails
-    of 8-bit prefixes, come on top of them.
+    ``resident`` are the programs of each format in the batch that a multiprocessor holds (see resident_programs). The
+    waves are those of the format that most tokens have. Items of other formats, such as the tails of 8-bit prefixes,
+    come on top of them.
     """
-    num_tokens = int(segments[:, 1].sum())
-    is_8_bit = segments[:, 0] >= INT8.value
-    mostly_8_bit = 2 * int(segments[is_8_bit, 1].sum()) >= num_tokens
-    num_main = int((is_8_bit == mostly_8_bit).sum())
-    resident = RESIDENT_PROGRAMS[mostly_8_bit]
-    wave = resident * num_multiprocessors / num_kv_heads  # items
-    most_waves = _most_programs(-(-len(segments) // 2)) // resident
-    num_waves = min(max(1, num_tokens // int(wave * WAVE_ITEM_TOKENS)), most_waves)
-    wanted = max(int(wave * num_waves), 2 * num_main, 1)
+    code = int(np.bincount(segments[:, 0], segments[:, 1], minlength=len(FORMAT_NAMES)).argmax())
+    is_main = segments[:, 0] == code
+    num_tokens, num_main = int(segments[:, 1].sum()), int(is_main.sum())
+    batch = -(-len(segments) // 2)
+    most = _most_items(batch, num_kv_heads, num_multiprocessors)
+    wave = min(max(1, resident[FORMAT_NAMES[code]] * num_multiprocessors // num_kv_heads), most)  # items
+    num_waves = min(max(1, num_tokens // (wave * WAVE_ITEM_TOKENS)), most // wave)
+    wanted = max(wave * num_waves, 2 * num_main)
     least = max(-(-num_tokens // (wanted * MOST_BLOCK_TOKENS)), LEAST_ITEM_TOKENS // MOST_BLOCK_TOKENS)  # blocks
-    sizes = (least + -(-np.arange(9) * least // 8)) * MOST_BLOCK_TOKENS  # twice the least leaves room for every end
-    counts = (-(-segments[:, 1] // sizes[:, None])).sum(axis=1)
-    return int(sizes[np.argmax(counts <= wanted + len(segments) - num_main)])
+    # Twice the least leaves room for the end of every segment.
+    sizes = np.unique(least + -(-np.arange(33) * least // 32)) * MOST_BLOCK_TOKENS
+    counts = np.ceil(segments[:, 1] / sizes[:, None])
+    num_items = np.maximum(counts[:, is_main].sum(axis=1), 1)
+    full = num_items / (np.ceil(num_items / wave) * wave)  # how much of its waves
+    full[counts.sum(axis=1) > max(most, 2 * batch) + 2 * batch] = 0.0
+    return int(sizes[full >= FULL_ENOUGH * full.max()][-1])
 
 
 def plan_capacity(batch: int, num_kv_heads: int, num_multiprocessors: int) -> int:
     """Items that split_items makes at most of so many sequences of two segments each, cut as item_tokens_for says."""
-    wanted = _most_programs(batch) * num_multiprocessors // num_kv_heads
-    return max(wanted, 2 * batch, 1) + 2 * batch
+    return max(_most_items(batch, num_kv_heads, num_multiprocessors), 2 * batch) + 2 * batch
 
 
-def _most_programs(batch: int) -> int:
-    """Programs per multiprocessor that a plan may have, but for the ends of segments."""
-    return RESIDENT_PROGRAMS[True] if batch <= SMALL_BATCH else PROGRAMS_PER_MULTIPROCESSOR
+def _most_items(batch: int, num_kv_heads: int, num_multiprocessors: int) -> int:
+    """Items that a plan may have, but for the ends of segments."""
+    programs = SMALL_BATCH_PROGRAMS if batch <= SMALL_BATCH else PROGRAMS_PER_MULTIPROCESSOR
+    return max(1, programs * num_multiprocessors // num_kv_heads)
+
+
+def resident_programs(
+    format_name: str, dtype: torch.dtype, head_dim: int, num_heads: int, num_kv_heads: int, slot_bytes: int,
+    device: torch.device,
+) -> int:  # fmt: skip
+    """Programs of a format's kernel that a multiprocessor of a device holds at once; compiles the kernel.
+
+    ``dtype`` is that of the queries.
+    """
+    capability = capability_of(device)
+    if capability is None:
+        return RESIDENT_PROGRAMS
+    code, tuned = format_code(format_name), tuning_for(format_name, capability)
+    with torch.cuda.device(device):
+        kernel = _attend_kernel.warmup(
+            dtype, torch.int32, torch.int32, torch.int32, torch.float32, torch.float32,
+            1.0, num_heads * head_dim, slot_bytes // 4, num_kv_heads, num_heads // num_kv_heads,
+            **attend_constants(code, head_dim, tuned, interpreted=False), **tuned.options(), grid=(1,),
+        )  # fmt: skip
+        kernel.run  # noqa: B018 (loads it, which tells its registers)
+    place = torch.cuda.get_device_properties(device)
+    shared_bytes = place.shared_memory_per_multiprocessor
+    return programs_at_once(kernel.n_regs, kernel.metadata.shared, tuned.num_warps, shared_bytes)
+
+
+def programs_at_once(num_registers: int, shared_bytes: int, num_warps: int, multiprocessor_bytes: int) -> int:
+    """Programs of so many registers a thread, bytes of shared memory and warps that a multiprocessor has room for."""
+    warp_registers = -(-32 * num_registers // WARP_REGISTERS) * WARP_REGISTERS
+    warps = QUARTER_REGISTERS // warp_registers * QUARTERS
+    return max(1, min(warps // num_warps, multiprocessor_bytes // (shared_bytes + SHARED_BYTES_OF_A_PROGRAM)))
 
 
 def partial_shapes(num_items: int, num_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -328,11 +369,13 @@ def _attend_kernel(
     """One item and one KV head. ``log2_scale`` is the softmax scale for exponents of two."""
     item = tl.program_id(0) // num_kv_heads
     head = tl.program_id(0) % num_kv_heads  # neighbours read neighbouring panels
-    if tl.load(items + 4 * item + 1) != FORMAT:
-        return
+    # All of the item before it is known whether it is ours: one trip to memory instead of two.
     sequence = tl.load(items + 4 * item).to(tl.int64)
+    code = tl.load(items + 4 * item + 1)
     table = block_table + tl.load(items + 4 * item + 2)
     num_tokens = tl.load(items + 4 * item + 3)
+    if code != FORMAT:
+        return
     rows = tl.arange(0, ROWS)
     partial_head = (item.to(tl.int64) * num_kv_heads + head) * group
     queries = q + sequence * q_stride + (head * group + rows)[:, None] * HEAD_DIM

@@ -30,6 +30,7 @@ from hmad_kernels.triton_attention import (
     paged_decode_attention_reference,
     partial_shapes,
     plan_capacity,
+    programs_at_once,
     split_items,
 )
 from hmad_kernels.triton_common import FORMAT_NAMES, TOKENS_PER_BLOCK, divide, panel_bytes
@@ -402,23 +403,38 @@ def uniform(batch: int, context: int, tail: int = 0, name: str = "int8") -> np.n
     return np.array(rows[: 2 if tail else 1] * batch, dtype=np.int32)
 
 
+SKEWED = np.array([[2, 131072, 0]] + [[2, 2048, 0]] * 192, dtype=np.int32)
+
+
 @pytest.mark.parametrize(
-    ("segments", "item_tokens", "num_items"),
+    ("segments", "resident", "item_tokens", "num_items"),
     [
-        (uniform(1, 1024), 64, 16),  # never less than 64
-        (uniform(8, 1024), 64, 128),  # 132 items of 8 programs are one wave of 132 x 8
-        (uniform(1, 32768), 256, 128),
-        (uniform(64, 2048), 1024, 128),
-        (uniform(4, 131072), 4000, 132),
-        (uniform(64, 8192), 1536, 384),  # long enough, and enough sequences, for three waves
-        (uniform(64, 8192, tail=100), 1536, 448),  # tails come on top
-        (uniform(256, 1024), 512, 512),  # at least two items of each
-        (uniform(8, 1024, name="bf16"), 256, 32),  # a wave is of 132 x 2
+        (uniform(1, 1024), 8, 64, 16),  # never less than 64
+        (uniform(8, 1024), 8, 64, 128),  # 132 items of 8 programs are one wave of 132 x 8
+        (uniform(1, 32768), 8, 256, 128),
+        (uniform(64, 2048), 8, 2016, 128),
+        (uniform(64, 2048), 12, 992, 192),  # 198 items are one wave of 132 x 12
+        (uniform(64, 8192), 8, 2688, 256),  # long enough, and enough sequences, for two full waves
+        (uniform(64, 8192), 12, 1600, 384),
+        (uniform(64, 8192, tail=100), 12, 1600, 448),  # tails come on top
+        (uniform(256, 1024), 8, 1024, 256),  # one item of each is as good as two
+        (SKEWED, 8, 2528, 244),
+        (SKEWED, 12, 1792, 458),  # rather a third of a third wave than a quarter of a second
+        (uniform(8, 1024, name="bf16"), 2, 320, 32),  # a wave is of 132 x 2
     ],
 )
-def test_items_fill_waves(segments: np.ndarray, item_tokens: int, num_items: int) -> None:
-    assert item_tokens_for(segments, 8, 132) == item_tokens
+def test_items_fill_waves(segments: np.ndarray, resident: int, item_tokens: int, num_items: int) -> None:
+    assert item_tokens_for(segments, 8, 132, dict.fromkeys(FORMAT_NAMES, resident)) == item_tokens
     assert (-(-segments[:, 1] // item_tokens)).sum() == num_items
+
+
+@pytest.mark.parametrize(
+    ("num_registers", "shared_bytes", "num_warps", "programs"),
+    [(164, 0, 1, 12), (186, 1024, 1, 8), (255, 0, 1, 8), (112, 98304, 4, 2), (112, 0, 4, 4), (255, 0, 16, 1)],
+)
+def test_programs_that_fit(num_registers: int, shared_bytes: int, num_warps: int, programs: int) -> None:
+    """On a Hopper GPU: 65,536 registers, 228 KiB of shared memory."""
+    assert programs_at_once(num_registers, shared_bytes, num_warps, 228 << 10) == programs
 
 
 LENGTHS = st.one_of(st.integers(0, 200), st.integers(0, 4000), st.integers(0, 200_000))
@@ -428,14 +444,16 @@ SEQUENCES = st.lists(
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(SEQUENCES, st.sampled_from([1, 4, 8]), st.sampled_from([1, 20, 132]))
-@example([[(2, 4000), (2, 4000)]] * 8, 8, 1)  # more segments than programs
-@example([[(2, 8192), (1, 100)]] * 64, 8, 132)
-def test_plans_never_exceed_their_capacity(sequences: list[list[tuple[int, int]]], heads: int, processors: int) -> None:
+@given(SEQUENCES, st.sampled_from([1, 4, 8]), st.sampled_from([1, 20, 132]), st.integers(1, 16))
+@example([[(2, 4000), (2, 4000)]] * 8, 8, 1, 8)  # more segments than programs
+@example([[(2, 8192), (1, 100)]] * 64, 8, 132, 8)
+def test_plans_never_exceed_their_capacity(
+    sequences: list[list[tuple[int, int]]], heads: int, processors: int, resident: int
+) -> None:
     rows = [(code, length, 0) for segments in sequences for code, length in segments]
     segments = np.array(rows, dtype=np.int32).reshape(-1, 3)
     seq_segments = np.cumsum([0] + [len(each) for each in sequences])
-    item_tokens = item_tokens_for(segments, heads, processors)
+    item_tokens = item_tokens_for(segments, heads, processors, dict.fromkeys(FORMAT_NAMES, resident))
     capacity = plan_capacity(len(sequences), heads, processors)
     items, seq_items = split_items(seq_segments, segments, item_tokens, capacity)
     assert len(items) == capacity <= PROGRAMS_PER_MULTIPROCESSOR * processors // heads + 4 * len(sequences) + 1

@@ -39,6 +39,7 @@ from hmad_kernels.triton_attention import (
     paged_decode_attention,
     partial_shapes,
     plan_capacity,
+    resident_programs,
     split_items,
 )
 from hmad_kernels.triton_rope import norm_rope_append
@@ -110,6 +111,7 @@ class CudaDecode:
         self._partials = [torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes]
         self._logits = torch.empty((max_batch_size, config.vocab_size), dtype=torch.float32, device=device)
         self._counts = torch.zeros((max_batch_size, config.vocab_size), dtype=torch.int32, device=device)
+        self._resident: dict[str, int] = {}  # programs of attention that a multiprocessor holds, by format
         self._graphs: dict[tuple[int, tuple[str, ...]], torch.cuda.CUDAGraph] = {}
         self._pool: Pool = torch.cuda.graph_pool_handle()
         self._members: Members | None = None  # of the last step
@@ -243,7 +245,9 @@ class CudaDecode:
             arrays["forced"][row] = forced_token(sequence.params, int(members.index[row]))
         self._fill_padding(arrays, size, num_rows)
         capacity = self._capacity(num_rows)
-        item_tokens = item_tokens_for(batch.segments, self.model.config.num_kv_heads, self._num_multiprocessors)
+        item_tokens = item_tokens_for(
+            batch.segments, self.model.config.num_kv_heads, self._num_multiprocessors, self._resident
+        )
         items, seq_items = split_items(batch.seq_segments, batch.segments, item_tokens, capacity)
         arrays["items"][:capacity] = items
         arrays["seq_items"][: size + 1] = seq_items
@@ -265,6 +269,12 @@ class CudaDecode:
         return graph
 
     def _capture(self, num_rows: int, formats: tuple[str, ...]) -> torch.cuda.CUDAGraph:
+        config = self.model.config
+        for name in formats:
+            self._resident[name] = resident_programs(
+                name, self.model.dtype, config.head_dim, config.num_heads, config.num_kv_heads,
+                self.arena.geometry.slot_bytes, self._device,
+            )  # fmt: skip
         newest = self._outputs.on_device["token_ids"].clone()  # the step before left them, and this one reads them
         arrays = self._inputs.next_turn()
         self._fill_padding(arrays, 0, num_rows)
