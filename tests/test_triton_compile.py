@@ -13,7 +13,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hmad_kernels import triton_append, triton_attention, triton_pack, triton_rope, triton_rows, triton_sampling
+from hmad_kernels import (
+    triton_append,
+    triton_attention,
+    triton_linear,
+    triton_pack,
+    triton_rope,
+    triton_rows,
+    triton_sampling,
+)
 from hmad_kernels.triton_append import APPEND_OPTIONS, append_constants
 from hmad_kernels.triton_attention import attend_constants, merge_constants, tuning_for
 from hmad_kernels.triton_common import FORMAT_NAMES, format_code
@@ -40,6 +48,8 @@ POINTERS = {
 }  # fmt: skip
 FLOAT_SCALARS = {"log2_scale", "eps"}
 ALIGNED = {
+    "num_columns",
+    "depth",
     "q_stride",
     "slot_words",
     "out_stride",
@@ -278,3 +288,13 @@ def test_sampling_compiles(arch: str, name: str, tmp_path: Path) -> None:
     assert_no_spills(binary, arch, tmp_path)
     if CAPABILITIES[arch] is not None and name in ("tops", "gather", "draw"):
         assert wide_load_bytes(binary, tmp_path) == 2 * 4 * triton_sampling.CHUNK  # the logits, and their counts
+
+
+@every_arch
+@pytest.mark.parametrize(("num_rows", "num_columns"), [(1, 4096), (8, 4096), (16, 24576)])
+def test_few_rows_compile(arch: str, num_rows: int, num_columns: int, tmp_path: Path) -> None:
+    tuning = triton_linear.tuning_for(num_rows, num_columns)
+    binary = compiled(triton_linear._linear_kernel, arch, tuning.constants(), tuning.options(), out="bf16")
+    assert_no_spills(binary, arch, tmp_path)
+    if CAPABILITIES[arch] is not None:
+        assert wide_load_bytes(binary, tmp_path) >= 2 * tuning.columns * tuning.depth

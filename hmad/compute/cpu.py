@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch.nn.functional import linear
 
 from hmad.compute.arena import Arena
 from hmad.compute.attention import causal_attention
@@ -50,6 +51,7 @@ class CpuBackend:
         int8 = precision == "int8"
         self.norm = cpu_rows.add_rms_norm_int8 if int8 else cpu_rows.add_rms_norm
         self.silu_mul = cpu_rows.silu_mul_int8 if int8 else cpu_rows.silu_mul
+        self.product = linear
 
     def make_linear(self, *parts: torch.Tensor) -> Linear:
         return make_linear(self._precision, *parts)

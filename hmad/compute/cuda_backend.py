@@ -13,7 +13,7 @@ from torch.nn.functional import linear, pad
 
 from hmad.compute.linears import Linear, activation_dtype, row_runs, stacked
 from hmad.facts.errors import ConfigError
-from hmad_kernels import triton_rope, triton_rows
+from hmad_kernels import triton_linear, triton_rope, triton_rows
 from hmad_kernels.cpu_rows import Int8Rows
 from hmad_kernels.triton_rows import E4M3Rows, e4m3_dtype
 
@@ -51,6 +51,9 @@ class CudaBackend:
             case "bfp8":
                 return Bfp8Linear(placed)
         return PlainLinear(placed, activation_dtype(self._precision))
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return product(x, weight)
 
     def norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Activation:
         match self._precision:
@@ -95,6 +98,13 @@ def check_precision(precision: str, device: torch.device) -> None:
         )
 
 
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, K] by weight [N, K]: few rows by our own kernel, which reads the weight faster than libraries do."""
+    if len(x) <= triton_linear.MOST_ROWS and triton_linear.takes(weight):
+        return triton_linear.linear_few_rows(x, weight)
+    return linear(x, weight)
+
+
 class PlainLinear:
     """bf16, the baseline; or fp32, the reference."""
 
@@ -103,7 +113,7 @@ class PlainLinear:
         self.weight_bytes = self._weight.nbytes
 
     def __call__(self, x: Tensor, /) -> Tensor:
-        return linear(x, self._weight)
+        return product(x, self._weight)
 
 
 class Bfp8Linear:

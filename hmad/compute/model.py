@@ -6,7 +6,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from hmad.compute.checkpoint import ModelConfig, Weights
 from hmad.compute.linears import Linear, activation_dtype
@@ -22,6 +21,9 @@ class Backend(Protocol):
 
     def make_linear(self, *parts: Tensor) -> Linear:
         """A linear layer of a weight that comes in parts [N_i, K], stacked along N."""
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [T, K] by a weight [N, K] that stays in its own type, such as the LM head's."""
 
     def norm(self, x: Tensor, delta: Any, weight: Tensor, eps: float) -> Any:
         """Add the product ``delta`` (or None) to x [T, K] in place; the RMS norm of that, for a linear layer."""
@@ -190,7 +192,7 @@ class Qwen3:
     @torch.inference_mode()
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """hidden [N, hidden] -> float32 [N, vocab], in ``out`` where that is given."""
-        logits = linear(hidden, self._head)
+        logits = self._backend.product(hidden, self._head)
         return logits.float() if out is None else out.copy_(logits)
 
 
