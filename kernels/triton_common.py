@@ -68,21 +68,6 @@ def check_place(tensors: dict[str, torch.Tensor]) -> None:
         raise ValueError(f"Triton kernels run on a GPU, not on {device}")
 
 
-def check_rows(k: torch.Tensor, v: torch.Tensor) -> None:
-    """Raise ValueError unless K and V are what the kernels that store them read."""
-    for name, x in (("k", k), ("v", v)):
-        if x.dim() != 3 or x.shape != k.shape or x.dtype != k.dtype or x.dtype not in DTYPES:
-            raise ValueError(
-                f"{name} must be float32 or bfloat16 [num_tokens, num_kv_heads, head_dim], as k is, "
-                f"not {x.dtype} {list(x.shape)}"
-            )
-        if x.stride(2) != 1 or any(stride * x.element_size() % ALIGN_BYTES for stride in x.stride()[:2]):
-            raise ValueError(
-                f"{name} {list(x.shape)} must be contiguous in its last dimension and its rows aligned to "
-                f"{ALIGN_BYTES} bytes, not of strides {x.stride()}"
-            )
-
-
 def check_metadata(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
     """Raise ValueError unless a tensor is contiguous int32 of this shape; -1 stands for any size."""
     check_tensor(name, tensor, torch.int32, shape)

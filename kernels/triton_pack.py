@@ -10,8 +10,10 @@ import triton
 import triton.language as tl
 
 from hmad_kernels.triton_common import (
+    ALIGN_BYTES,
     BF16,
     BF16_OVERFLOW_BITS,
+    DTYPES,
     FP8_E4M3,
     FP32,
     INFINITY_BITS,
@@ -24,7 +26,7 @@ from hmad_kernels.triton_common import (
     check_head_dim,
     check_metadata,
     check_place,
-    check_rows,
+    check_tensor,
     divide,
     float_of,
     format_code,
@@ -97,18 +99,28 @@ def _check(
     bad_rows: torch.Tensor,
 ) -> int:
     code = format_code(format_name)
-    check_rows(k, v)
+    _check_rows(k, v)
     check_head_dim(k.shape[2])
     check_metadata("blocks", blocks, (-1, 2))
-    shape = (len(blocks), 2 * k.shape[1] * panel_bytes(code, k.shape[2]))
-    if out.dtype != torch.uint8 or tuple(out.shape) != shape or not out.is_contiguous():
-        raise ValueError(
-            f"out must be contiguous uint8 {list(shape)}, not {out.dtype} {list(out.shape)}, strides {out.stride()}"
-        )
-    if bad_rows.dtype != torch.uint8 or bad_rows.shape != k.shape[:1] or not bad_rows.is_contiguous():
-        raise ValueError(f"bad_rows must be contiguous uint8 [{len(k)}], not {bad_rows.dtype} {list(bad_rows.shape)}")
+    check_tensor("out", out, torch.uint8, (len(blocks), 2 * k.shape[1] * panel_bytes(code, k.shape[2])))
+    check_tensor("bad_rows", bad_rows, torch.uint8, (len(k),))
     check_place({"k": k, "v": v, "blocks": blocks, "out": out, "bad_rows": bad_rows})
     return code
+
+
+def _check_rows(k: torch.Tensor, v: torch.Tensor) -> None:
+    """Raise ValueError unless K and V are what the kernel reads."""
+    for name, x in (("k", k), ("v", v)):
+        if x.dim() != 3 or x.shape != k.shape or x.dtype != k.dtype or x.dtype not in DTYPES:
+            raise ValueError(
+                f"{name} must be float32 or bfloat16 [num_tokens, num_kv_heads, head_dim], as k is, "
+                f"not {x.dtype} {list(x.shape)}"
+            )
+        if x.stride(2) != 1 or any(stride * x.element_size() % ALIGN_BYTES for stride in x.stride()[:2]):
+            raise ValueError(
+                f"{name} {list(x.shape)} must be contiguous in its last dimension and its rows aligned to "
+                f"{ALIGN_BYTES} bytes, not of strides {x.stride()}"
+            )
 
 
 @triton.jit

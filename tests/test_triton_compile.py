@@ -14,7 +14,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hmad_kernels import (
-    triton_append,
     triton_attention,
     triton_linear,
     triton_pack,
@@ -22,7 +21,6 @@ from hmad_kernels import (
     triton_rows,
     triton_sampling,
 )
-from hmad_kernels.triton_append import APPEND_OPTIONS, append_constants
 from hmad_kernels.triton_attention import attend_constants, merge_constants, tuning_for
 from hmad_kernels.triton_common import FORMAT_NAMES, format_code
 from hmad_kernels.triton_pack import ROWS, pack_constants, pack_options
@@ -157,14 +155,6 @@ def test_attention_compiles(arch: str, head_dim: int, name: str, tmp_path: Path)
 def test_merging_compiles(arch: str, head_dim: int, tmp_path: Path) -> None:
     kernel = triton_attention._merge_kernel
     binary = compiled(kernel, arch, merge_constants(head_dim), triton_attention.MERGE_OPTIONS, out="bf16")
-    assert_no_spills(binary, arch, tmp_path)
-
-
-@pytest.mark.parametrize("arch", CAPABILITIES)
-@pytest.mark.parametrize("name", FLOATS)
-def test_appending_compiles(arch: str, name: str, tmp_path: Path) -> None:
-    constants = append_constants(format_code(name), 128)
-    binary = compiled(triton_append._append_kernel, arch, constants, APPEND_OPTIONS, slots="u8")
     assert_no_spills(binary, arch, tmp_path)
 
 

@@ -19,8 +19,6 @@ from torch import Tensor
 from hmad.compute.codecs import decode, encode
 from hmad.facts.formats import FORMATS, KVFormat
 from hmad_kernels import triton_attention
-from hmad_kernels.cpu_attention import append_kv as cpu_append_kv
-from hmad_kernels.triton_append import append_kv
 from hmad_kernels.triton_attention import (
     EMPTY,
     PROGRAMS_PER_MULTIPROCESSOR,
@@ -175,37 +173,6 @@ def test_packing_refuses_what_does_not_fit() -> None:
         pack_blocks("bfp8", k, k, blocks, out, bad[:3])
     with pytest.raises(ValueError, match="v is on meta"):
         pack_blocks("bfp8", k, k.to("meta"), blocks, out, bad)
-
-
-@numpy_warns
-@pytest.mark.parametrize("name", ["bf16", "fp32"])
-@both_dtypes
-def test_appending_equals_the_cpu_kernel(name: str, dtype: torch.dtype) -> None:
-    k, v = wild_kv(3, 64, dtype)
-    k[1, 2, 7] = float("nan")
-    ids, offsets = torch.tensor([4, 0, 2], dtype=torch.int32), torch.tensor([0, 7, 3], dtype=torch.int32)
-    expected = torch.full((5, 2 * 3 * 34 * 64), 0xA5, dtype=torch.uint8)
-    slots = expected.clone().to(DEVICE)
-    bad_rows = torch.zeros(3, dtype=torch.uint8, device=DEVICE)
-    append_kv(name, *(x.to(DEVICE) for x in (k, v)), slots, ids.to(DEVICE), offsets.to(DEVICE), bad_rows)
-    assert tuple(bad_rows.nonzero().flatten().tolist()) == cpu_append_kv(k, v, expected, ids, offsets, name) == (1,)
-    keep = [4, 2]  # what is in the block of the bad row is nobody's concern
-    assert torch.equal(slots.cpu()[keep], expected[keep])
-    assert torch.equal(slots.cpu()[[1, 3]], expected[[1, 3]])
-
-
-def test_appending_refuses_what_does_not_fit() -> None:
-    k = torch.zeros(2, 1, 64, device=DEVICE)
-    slots = torch.zeros(1, 4352, dtype=torch.uint8, device=DEVICE)
-    ids, bad = torch.zeros(2, dtype=torch.int32, device=DEVICE), torch.zeros(2, dtype=torch.uint8, device=DEVICE)
-    with pytest.raises(ValueError, match="a tail is fp32 or bf16, not 'bfp8'"):
-        append_kv("bfp8", k, k, slots, ids, ids, bad)
-    with pytest.raises(ValueError, match="a block of 4096 bytes does not fit into a slot of 4080"):
-        append_kv("bf16", k, k, slots[:, :4080].contiguous(), ids, ids, bad)
-    with pytest.raises(ValueError, match=r"slot_ids must be contiguous int32 \[2\]"):
-        append_kv("bf16", k, k, slots, ids[:1], ids, bad)
-    with pytest.raises(ValueError, match=r"bad_rows must be contiguous uint8 \[2\]"):
-        append_kv("bf16", k, k, slots, ids, ids, bad[:1])
 
 
 @dataclass

@@ -260,11 +260,13 @@ def test_a_position_that_no_table_has_reads_nothing(position: int) -> None:
     assert torch.equal(rotated[7:], heads.qkv.view(9, 64)[7:])
 
 
+@numpy_warns
 @both_dtypes
 @head_dims
 @pytest.mark.parametrize("name", ["bf16", "fp32"])
 def test_appending_fused_equals_rotating_then_appending(name: str, head_dim: int, dtype: torch.dtype) -> None:
     heads = Heads(head_dim, dtype)
+    heads.qkv.view(4, 9, head_dim)[:, 7:] = wild_kv(4, head_dim, dtype)[1][:, 1:]  # V is rounded, and no more
     expected_qkv = heads.expected()
     q, k, v = expected_qkv.view(4, 9, head_dim).split([5, 2, 2], dim=1)
     ids, offsets = torch.tensor([4, -1, 0, 2]), torch.tensor([0, 1 << 30, 7, 3])  # the second row is padding
@@ -295,6 +297,19 @@ def test_the_fused_append_names_rows_that_are_not_finite(head: int) -> None:
     bad_rows = torch.tensor([1, 0, 0, 0], dtype=torch.uint8, device=DEVICE)
     triton_rope.norm_rope_append(*heads.arguments(), "bf16", slots, ids, torch.zeros_like(ids), bad_rows)
     assert bad_rows.tolist() == [1, 1, 0, 0]  # what was marked stays, padding is not
+
+
+@numpy_warns
+@pytest.mark.parametrize(("name", "bad"), [("bf16", [0, 0, 1, 0]), ("fp32", [0, 0, 0, 0])])
+def test_the_fused_append_names_what_would_round_to_infinity(name: str, bad: list[int]) -> None:
+    heads = Heads(64, torch.float32)
+    last_v = heads.qkv.view(4, 9, 64)[:, 8, 63]
+    last_v[1:3] = -torch.tensor([0x7F7F7FFF, 0x7F7F8000], dtype=torch.int32).view(torch.float32)
+    slots = torch.zeros(4, 2 * 2 * 34 * 64, dtype=torch.uint8, device=DEVICE)
+    ids = torch.arange(4, dtype=torch.int32, device=DEVICE)
+    bad_rows = torch.zeros(4, dtype=torch.uint8, device=DEVICE)
+    triton_rope.norm_rope_append(*heads.arguments(), name, slots, ids, torch.zeros_like(ids), bad_rows)
+    assert bad_rows.tolist() == bad
 
 
 def test_rotating_refuses_what_does_not_fit() -> None:
