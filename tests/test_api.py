@@ -20,6 +20,7 @@ from fake_generator import (
     THINK,
     VOCAB_SIZE,
     ScriptedGenerator,
+    Step,
     events_of,
     extras_of,
     plain_services,
@@ -328,6 +329,10 @@ async def test_whole_answer_begins_anew_where_it_is_placed_again(edge: Edge) -> 
     assert answer["choices"][1]["token_ids"] == [*b"hello", EOS]
     assert answer["usage"]["completion_tokens"] == 5 + 6
     assert [request.streamed for request in edge.generator.requests] == [False]
+    # A client got 11 tokens: what it was never given, or is given once more, counts no second time.
+    assert edge.counted("output_tokens_total") == 5 + 6
+    names = ("time_to_first_token", "inter_token_latency", "time_per_output_token", "end_to_end")
+    assert [edge.counted(f"{name}_seconds_count") for name in names] == [2, 4 + 5, 2, 2]
 
 
 # --- What is asked for besides ------------------------------------------------------------------------------------
@@ -711,14 +716,19 @@ async def test_a_generation_that_just_ends_is_a_failure(edge: Edge) -> None:
     assert (await edge.refused("/v1/completions", {"prompt": "p"}))[0] == 500
 
 
+async def asked(address: str, body: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection on which a completion has been asked for."""
+    reader, writer = await asyncio.open_connection(*address.removeprefix("http://").split(":"))
+    data = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
+    writer.write(head.encode() + b"\r\n\r\n" + data)
+    return reader, writer
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_client_that_leaves_cancels_its_generation(edge: Edge, stream: bool) -> None:
     edge.generator.script = lambda request: [*events_of("abc")[:2], asyncio.Event()]
-    body = json.dumps({"prompt": "p", "stream": stream}).encode()
-    host, port = edge.address.removeprefix("http://").split(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-    writer.write(head.encode() + b"\r\n\r\n" + body)
+    reader, writer = await asked(edge.address, {"prompt": "p", "stream": stream})
     if stream:
         await reader.readuntil(b"data: ")
     else:
@@ -730,19 +740,30 @@ async def test_a_client_that_leaves_cancels_its_generation(edge: Edge, stream: b
     assert edge.counted("requests_total", outcome="cancelled") == 1
 
 
-async def test_a_client_that_leaves_is_no_error(edge: Edge, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("before", "after", "outcome"),
+    [
+        (events_of("a")[:1], events_of("b" * 2000), "cancelled"),
+        ([], events_of("b"), "cancelled"),  # the headers wait for the first token, and find nobody
+        (events_of("a")[:1], [LocalError("too late")], "failed"),  # the error event does
+    ],
+    ids=["tokens", "headers", "error"],
+)
+async def test_a_client_that_leaves_is_no_error(
+    edge: Edge, caplog: pytest.LogCaptureFixture, before: list[Step], after: list[Step], outcome: str
+) -> None:
     """Also where nobody cancels the handler: then a write finds the connection closed."""
     gate = asyncio.Event()
-    edge.generator.script = lambda request: [*events_of("ab")[:1], gate, *events_of("b" * 2000)]
+    edge.generator.script = lambda request: [*before, gate, *after]
     async with serving(edge.services, handler_cancellation=False) as address:
-        response = await edge.http.post(address + "/v1/completions", json={"prompt": "p", "stream": True})
-        await response.content.readany()
-        response.close()
+        reader, writer = await asked(address, {"prompt": "p", "stream": True})
+        await (reader.readuntil(b"data: ") if before else asyncio.wait_for(edge.generator.entered.wait(), 5))
+        writer.close()
         await asyncio.sleep(0.05)
         gate.set()
         await asyncio.wait_for(edge.generator.left.wait(), 5)
-    assert edge.counted("requests_total", outcome="cancelled") == 1
-    assert not [record for record in caplog.records if record.name != "asyncio"]
+    assert edge.counted("requests_total", outcome=outcome) == 1
+    assert [record.message for record in caplog.records if record.exc_info] == []
 
 
 async def test_the_first_bytes_wait_for_the_first_token(edge: Edge) -> None:

@@ -181,12 +181,12 @@ def ignore(*_: Any) -> None:
     pass
 
 
-def placement() -> Placement:
+def placement(choices: tuple[int, ...] = (0,)) -> Placement:
     host = cast(Any, SimpleNamespace(vocab_size=100, transfer_after=False))
     request = GenerationRequest(
-        "r", (1, 2), SamplingParams(max_tokens=3), (0,), streamed=True, received_s=0.0, place=None
+        "r", (1, 2), SamplingParams(max_tokens=3), (0, 1, 2), streamed=True, received_s=0.0, place=None
     )
-    return Placement(host, request, (0,), bytes(16), count(), Timeline("r", 2, 0.0, 0.0))
+    return Placement(host, request, choices, bytes(16), count(), Timeline("r", 2, 0.0, 0.0))
 
 
 async def test_failed_prefill_has_no_first_token() -> None:
@@ -211,6 +211,19 @@ async def test_nobody_computes_on_for_a_transfer_that_has_ended() -> None:
     with pytest.raises(TransferAborted, match="no KV came"):
         await prefill
     assert abandoned.sequence.cancelled
+
+
+async def test_choice_that_is_stopped_while_it_is_placed_again_never_decodes() -> None:
+    """Its stop string came from the node that was lost, and was read late: it decoded to max_tokens, for nobody."""
+    again = placement(choices=(1, 2))
+    committed: list[m.Choice] = []
+    again.lease = cast(Any, SimpleNamespace(commit=committed.extend))
+    again.stop_choice(0)  # had finished before
+    again.stop_choice(1)
+    first_tokens = [SampledToken(7), SampledToken(8)]
+    again.prefilled(PrefillDone(again.sequence, first_tokens, 5.0))
+    assert committed == [m.Choice(1, seed=2, first_token=8)]
+    assert [event.choice for event in again._first_events(first_tokens)] == [2]
 
 
 async def test_token_outside_the_vocabulary_never_reaches_the_client() -> None:

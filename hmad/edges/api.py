@@ -140,13 +140,19 @@ class Guard:
         request[OUR_ID] = uuid.uuid4().hex
         with bound_contextvars(request_id=request[OUR_ID]):
             try:
-                return await handler(request)
-            except ClientConnectionResetError:  # the client is gone while we wrote: nobody to tell
-                return request[STREAM]
-            except Exception as error:
-                return await self._answer(request, error)
+                return await self._answered(request, handler)
+            except ClientConnectionResetError:  # the client is gone while we wrote, maybe an error: nobody to tell
+                return request[STREAM] if STREAM in request else web.Response()
 
-    async def _answer(self, request: web.Request, error: Exception) -> web.StreamResponse:
+    async def _answered(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except ClientConnectionResetError:
+            raise
+        except Exception as error:
+            return await self._report(request, error)
+
+    async def _report(self, request: web.Request, error: Exception) -> web.StreamResponse:
         refusal = self._refusal(request, error)
         self._services.metrics.count_error(error_cause(error))
         if refusal.status >= 500 and refusal is not error:

@@ -292,7 +292,7 @@ def joined(pieces: Sequence[Piece]) -> Piece:
 class ChoiceStream:
     """One choice on its way from tokens to text: detokenizing, stop strings, counts and times."""
 
-    def __init__(self, index: int, job: Job, received_s: float, metrics: Metrics) -> None:
+    def __init__(self, index: int, job: Job, clock: "ChoiceClock") -> None:
         request, tokenizer = job.request, job.model.tokenizer
         self.index = index
         self.num_tokens = 0
@@ -308,12 +308,12 @@ class ChoiceStream:
         )
         self._offsets = TextOffsets(len(job.prompt_of(index).echo))
         self.thinking = ThinkingCounter(job.model.thinking_marks, job.prompt_of(index).token_ids)
-        self._clock = ChoiceClock(received_s, metrics)
+        self._clock = clock
 
     def feed(self, event: TokenEvent) -> Piece:
         """The text that this event makes certain."""
         self.num_tokens += 1
-        self._clock.tick()
+        self._clock.tick(event.index)
         token_id = event.token.token_id
         self.thinking.feed(token_id)
         offset = self._offsets.feed(self._shown_bytes(token_id))
@@ -364,24 +364,31 @@ class ThinkingCounter:
 
 
 class ChoiceClock:
-    """TTFT, ITL, TPOT and E2E of one choice, as the edge sees them."""
+    """TTFT, ITL, TPOT and E2E of one choice, as the edge sees them. Where the choice begins anew, a token that came
+    before counts no second time."""
 
     def __init__(self, received_s: float, metrics: Metrics) -> None:
         self._received_s = received_s
         self._first_s: float | None = None
         self._last_s = received_s
+        self._num_tokens = 0
         self._metrics = metrics
 
-    def tick(self) -> None:
-        """A token came."""
+    def tick(self, index: int) -> None:
+        """The choice's token of this index came."""
         now_s = time.monotonic()
+        if index == self._num_tokens:
+            self._num_tokens += 1
+            self._count(now_s)
+        self._last_s = now_s
+
+    def _count(self, now_s: float) -> None:
+        self._metrics.output_tokens.inc()
         if self._first_s is None:
             self._first_s = now_s
             self._metrics.ttft_s.observe(now_s - self._received_s)
         else:
             self._metrics.itl_s.observe(now_s - self._last_s)
-        self._last_s = now_s
-        self._metrics.output_tokens.inc()
 
     def finish(self, num_tokens: int) -> None:
         """That was the last one."""
@@ -396,8 +403,7 @@ class Run:
     def __init__(self, job: Job, generations: Sequence[Generation], received_s: float, metrics: Metrics) -> None:
         self.job = job
         self.generations = generations
-        self._received_s = received_s
-        self._metrics = metrics
+        self._clocks = [ChoiceClock(received_s, metrics) for _ in range(job.num_choices)]
         self.choices = [self._choice(index) for index in range(job.num_choices)]
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
@@ -421,7 +427,7 @@ class Run:
         raise LocalError("the generation ended before all of its choices had finished")
 
     def _choice(self, index: int) -> ChoiceStream:
-        return ChoiceStream(index, self.job, self._received_s, self._metrics)
+        return ChoiceStream(index, self.job, self._clocks[index])
 
     def usage(self) -> dict[str, Any]:
         return usage_object(

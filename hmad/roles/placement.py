@@ -148,6 +148,7 @@ class Placement:
         self._done: asyncio.Future[PrefillDone] = asyncio.get_running_loop().create_future()
         self._held_back: list[StagedBlocks] = []  # of a transfer that starts after the prompt is computed
         self._live: set[int] = set()  # choices that still decode, as the wire numbers them
+        self._stopped: set[int] = set()  # choices of which nobody wants more, numbered so too
         self._closed = False
 
     async def events(self) -> AsyncGenerator[TokenEvent, None]:
@@ -163,8 +164,12 @@ class Placement:
         self._finish()
 
     def stop_choice(self, choice: int) -> None:
-        """No more events are wanted of this choice of the request."""
-        index = self._choices.index(choice) if choice in self._choices else None
+        """No more events are wanted of this choice of the request. It need not have begun: when a node was lost, the
+        end of what it had sent may be read when the next placement is under way."""
+        if choice not in self._choices:
+            return
+        index = self._choices.index(choice)
+        self._stopped.add(index)
         if index in self._live:
             self._live.discard(index)
             if self.lease is not None:
@@ -251,7 +256,7 @@ class Placement:
         choices = [
             Choice(index, seed, token.token_id)
             for index, (seed, token) in enumerate(zip(self.seeds, first_tokens, strict=True))
-            if finish_reason(token.token_id, 0, self.request.params) is None
+            if index not in self._stopped and finish_reason(token.token_id, 0, self.request.params) is None
         ]
         self._live = {choice.index for choice in choices}
         if self.lease is None or not choices:
@@ -264,9 +269,10 @@ class Placement:
         self.lease.commit(choices)
 
     def _first_events(self, first_tokens: Sequence[SampledToken]) -> Iterable[TokenEvent]:
-        for choice, token in zip(self._choices, first_tokens, strict=True):
-            self._note_token(choice)
-            yield TokenEvent(choice, 0, token, finish_reason(token.token_id, 0, self.request.params))
+        for index, (choice, token) in enumerate(zip(self._choices, first_tokens, strict=True)):
+            if index not in self._stopped:
+                self._note_token(choice)
+                yield TokenEvent(choice, 0, token, finish_reason(token.token_id, 0, self.request.params))
 
     # --- decode ---
 
