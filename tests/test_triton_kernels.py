@@ -1,30 +1,42 @@
-"""The Triton kernels' tests (triton_*_cases.py), each way in a process of its own: interpreted and compiled kernels
-cannot live in one."""
+"""The Triton kernels' tests (triton_*_cases.py), each file and way in a process of its own: interpreted and compiled
+kernels cannot live in one."""
 
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-CASES = sorted(map(str, Path(__file__).parent.glob("triton_*_cases.py")))
+CASES = {path.stem: path for path in sorted(Path(__file__).parent.glob("triton_*_cases.py"))}
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
+
+Runs = dict[str, Future[subprocess.CompletedProcess[str]]]
 
 
-def run_cases(interpreted: bool) -> None:
+def run_cases(path: Path, interpreted: bool) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"TRITON_INTERPRET": "1" if interpreted else "0"}
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *CASES]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", path]
+    return subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(True, id="interpreted"), pytest.param(False, id="gpu", marks=NO_GPU)]
+)
+def runs(request: pytest.FixtureRequest) -> Iterator[Runs]:
+    """All files side by side: the interpreter is one thread of Python."""
+    with ThreadPoolExecutor(len(CASES)) as runners:
+        yield {name: runners.submit(run_cases, path, request.param) for name, path in CASES.items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_all_cases_pass(runs: Runs, name: str) -> None:
+    done = runs[name].result()
     assert done.returncode == 0, done.stdout[-8000:]
     assert re.search(r"\d+ passed in", done.stdout)  # and nothing else, such as skipped
-
-
-def test_in_the_interpreter() -> None:
-    run_cases(interpreted=True)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
-def test_compiled_on_the_gpu() -> None:
-    run_cases(interpreted=False)
