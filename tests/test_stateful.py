@@ -25,7 +25,8 @@ from test_transfers import IDS, Session, size
 
 from hmad.facts.errors import RemoteProtocolError
 from hmad.wire import messages as m
-from hmad.wire.transfers import LayerKey, LayerPlace, Outcome, Verdict, layer_key
+from hmad.wire.decode_transfers import LayerPlace, Outcome, Verdict
+from hmad.wire.transfers import LayerKey, layer_key
 
 Placement = tuple[bytes, int]  # transfer id, epoch
 UNKNOWN_ID = b"?" * 16

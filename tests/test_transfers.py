@@ -15,19 +15,12 @@ from msgspec.structs import replace
 from hmad.facts.errors import LocalError, LocalProtocolError, RemoteProtocolError
 from hmad.facts.formats import FORMATS, KVGeometry
 from hmad.wire import messages as m
+from hmad.wire.decode_transfer import DecodeTransfer, Lease
+from hmad.wire.decode_transfers import DecodeTransfers, LayerPlace, Outcome, Verdict
+from hmad.wire.digest_strikes import DigestStrikes
 from hmad.wire.limits import MAX_OPEN_TRANSFERS
-from hmad.wire.transfers import (
-    DecodeTransfer,
-    DecodeTransfers,
-    DigestStrikes,
-    LayerPlace,
-    Lease,
-    Outcome,
-    PrefillTransfers,
-    State,
-    Verdict,
-    root_digest,
-)
+from hmad.wire.prefill_transfers import PrefillTransfers
+from hmad.wire.transfers import State, root_digest
 
 GEOMETRY = KVGeometry(num_layers=2, num_kv_heads=2, head_dim=64)
 CELL_BYTES = GEOMETRY.block_bytes(FORMATS["bf16"], num_heads=1)

@@ -19,6 +19,7 @@ from hmad.facts.sampling import SamplingParams
 from hmad.roles.decode_engine import DecodeEngine, StepOutput
 from hmad.roles.scheduler import slots_needed, slots_per_choice
 from hmad.transport.decode_listener import DecodeSession
+from hmad.wire.decode_transfer import DecodeTransfer
 from hmad.wire.extras import pack_extras
 from hmad.wire.messages import (
     AbortReason,
@@ -32,7 +33,6 @@ from hmad.wire.messages import (
     TokenEntry,
 )
 from hmad.wire.sampling import sampling_from_wire
-from hmad.wire.transfers import DecodeTransfer
 
 log = get_logger(__name__)
 

@@ -14,6 +14,9 @@ from hmad.transport.connection import FrameConnection
 from hmad.transport.liveness import DEAD_AFTER_S, HANDSHAKE_S, Liveness, StallWatch
 from hmad.transport.strangers import Strangers
 from hmad.wire import limits as bounds
+from hmad.wire.decode_transfer import DecodeTransfer
+from hmad.wire.decode_transfers import DecodeTransfers, LayerPlace, Outcome, Verdict
+from hmad.wire.digest_strikes import DigestStrikes
 from hmad.wire.frames import DIGEST_NONE, FrameReader, Received
 from hmad.wire.handshake import Agreement, DecodeHandshake, NodeIdentity, make_reject
 from hmad.wire.messages import (
@@ -35,7 +38,6 @@ from hmad.wire.messages import (
     TokenEntry,
     Tokens,
 )
-from hmad.wire.transfers import DecodeTransfer, DecodeTransfers, DigestStrikes, LayerPlace, Outcome, Verdict
 
 log = get_logger(__name__)
 

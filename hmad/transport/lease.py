@@ -25,7 +25,8 @@ from hmad.wire.messages import (
     Reserve,
     TokenEntry,
 )
-from hmad.wire.transfers import PrefillTransfers, State
+from hmad.wire.prefill_transfers import PrefillTransfers
+from hmad.wire.transfers import State
 
 
 class Denied(RemoteError):

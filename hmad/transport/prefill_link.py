@@ -39,7 +39,7 @@ from hmad.wire.messages import (
     Tokens,
     Welcome,
 )
-from hmad.wire.transfers import PrefillTransfers
+from hmad.wire.prefill_transfers import PrefillTransfers
 
 log = get_logger(__name__)
 
