@@ -1,6 +1,6 @@
 """Norm and rotary embedding of the q and k heads on the GPU, for decode fused with the append to the arena.
 
-The reference twins are ``qk_norm_rope`` of ``cpu_rows`` and ``append_kv`` of ``cpu_attention``. Values are rounded
+The reference twins are ``qk_norm_rope`` of ``cpu_rows`` and ``append_kv`` of ``cpu_append``. Values are rounded
 where theirs are, so all is equal bit for bit but for the order of a head's sum of squares, which may move a normed
 value by one place before it is weighted and rotated. Limit: bytes read and written over memory bandwidth.
 """

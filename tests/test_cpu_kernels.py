@@ -14,9 +14,9 @@ from torch import Tensor
 
 from hmad.compute.codecs import decode, encode
 from hmad.facts.formats import FORMATS, KVFormat, KVGeometry
+from hmad_kernels.cpu_append import append_kv
 from hmad_kernels.cpu_attention import (
     AttentionPlan,
-    append_kv,
     paged_decode_attention,
     paged_decode_attention_reference,
     scratch_shape,

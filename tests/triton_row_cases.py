@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hmad.compute.linears import round_bfp8, round_e4m3
 from hmad_kernels import cpu_rows, triton_rope, triton_rows
-from hmad_kernels.cpu_attention import append_kv
+from hmad_kernels.cpu_append import append_kv
 from hmad_kernels.cpu_rows import Int8Rows, quantize_int8_reference
 from hmad_kernels.triton_rows import E4M3Rows
 

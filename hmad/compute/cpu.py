@@ -28,14 +28,15 @@ from hmad.compute.staging import StagingPool
 from hmad.facts.errors import HmadError, LocalError
 from hmad.facts.formats import KVFormat, KVGeometry
 from hmad.facts.sampling import SampledToken
-from hmad_kernels import cpu_attention, cpu_pack, cpu_rows, cpu_sampling
-from hmad_kernels.cpu_attention import AttentionPlan, append_kv, scratch_shape
+from hmad_kernels import cpu_append, cpu_attention, cpu_pack, cpu_rows, cpu_sampling
+from hmad_kernels.cpu_append import append_kv
+from hmad_kernels.cpu_attention import AttentionPlan, scratch_shape
 from hmad_kernels.cpu_pack import pack_blocks
 
 
 def warm_up() -> None:
     """Have every kernel compiled, or read from the cache, before the first request waits for it."""
-    for kernels in (cpu_attention, cpu_pack, cpu_rows, cpu_sampling):
+    for kernels in (cpu_append, cpu_attention, cpu_pack, cpu_rows, cpu_sampling):
         kernels.warm_up()
 
 
