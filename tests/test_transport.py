@@ -545,7 +545,7 @@ async def test_a_page_is_reused_only_when_the_kernel_has_all_of_it() -> None:
                 page = await free.get()
                 page[:] = bytes([number]) * num_bytes
                 layer = m.Layer(bytes(16), 0, number, 0, 1, 0, 4, digest_of(page))
-                bulk.put(OutgoingLayer(layer, memoryview(page), lambda: True, partial(reuse, page)))
+                bulk.put(OutgoingLayer(layer, memoryview(page), ignore, partial(reuse, page)))
 
         working = asyncio.create_task(engine())
         await asyncio.sleep(0.1)

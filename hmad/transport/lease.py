@@ -1,9 +1,8 @@
 """The prefill node's end of one transfer: reserve, send layers, commit, receive tokens; and give every page back."""
 
 import asyncio
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from hmad.facts.errors import HmadError, RemoteError, TransferAborted
@@ -70,10 +69,15 @@ class Carrier(Protocol):
 
 @dataclass(eq=False)
 class _Page:
-    """A LAYER between the queue and LANDED. Its memory is free when the kernel has it and D has it, or wants it not."""
+    """A LAYER between the queue and LANDED. Its memory is free when the kernel has it and D has it, or wants it not.
+
+    Belongs to the loop's thread.
+    """
 
     blocks: StagedBlocks
     span: FrameSpan
+    layer: OutgoingLayer = field(init=False)
+    begun: bool = False  # to leave, and counted
     sent: bool = False
     unwanted: bool = False
 
@@ -83,7 +87,11 @@ class _Page:
 
 
 class Lease:
-    """Slots on a decode node, from RESERVE until both sides have ended the transfer."""
+    """Slots on a decode node, from RESERVE until both sides have ended the transfer.
+
+    Belongs to the loop's thread: threads that send hear of a frame's fate only by who was first to ``take`` it, and
+    tell theirs as callbacks of the loop.
+    """
 
     def __init__(self, session: Carrier, reserve: Reserve, prompt: bytes, timeline: Timeline) -> None:
         self.transfer_id, self.epoch = reserve.transfer_id, reserve.epoch
@@ -127,9 +135,8 @@ class Lease:
             num_heads=self._session.num_kv_heads,
             digest=blocks.digest,
         )
-        self._session.send_layer(
-            OutgoingLayer(message, blocks.payload, lambda: self._begin(message, page), lambda: self._sent(page))
-        )
+        page.layer = OutgoingLayer(message, blocks.payload, lambda: self._begun(page), lambda: self._sent(page))
+        self._session.send_layer(page.layer)
 
     def commit(self, choices: Sequence[Choice]) -> None:
         """Every LAYER is queued: let these choices decode as soon as D has all of them."""
@@ -158,8 +165,8 @@ class Lease:
         if self._gone:
             return
         if self._state in (State.RESERVING, State.SENDING):
+            self._give_up_pages()  # first: ABORT counts the LAYERs that have begun to leave
             self._session.send(self._session.transfers.abort(self.transfer_id, reason))
-            self._give_up_pages()
         else:
             self.cancel(())
 
@@ -176,12 +183,15 @@ class Lease:
 
     def landed(self, landed: Landed) -> None:
         """D has verified a LAYER: its page is free, and D's clock says when its last byte came."""
+        page = self._pages.get((landed.layer, landed.first_block))
+        if page is not None:
+            self._settle(page)  # D's answer may overtake the sender's report
         self._session.transfers.landed(landed)
         times = self._timeline.layers[landed.layer]
         times.landed_s = self._session.clock.to_ours(landed.landed_s)
         times.verified_s = self._session.clock.to_ours(landed.verified_s)
-        page = self._pages.pop((landed.layer, landed.first_block), None)
         if page is not None:
+            del self._pages[landed.layer, landed.first_block]
             page.span.landed_s, page.span.verified_s = times.landed_s, times.verified_s
             page.unwanted = True
             page.release_if_free()
@@ -192,6 +202,7 @@ class Lease:
         self._timeline.clock_offset_s = self._session.clock.offset_s
 
     def aborted_by_peer(self, abort: Abort) -> None:
+        self._give_up_pages()  # first: our ABORT in return counts the LAYERs that have begun to leave
         self._send_owed(self._session.transfers.aborted(abort))
         self._end(TransferAborted(abort.reason, f"decode node {self.peer_name}: {abort.message or abort.reason}"))
 
@@ -215,18 +226,32 @@ class Lease:
         """No LAYER may leave any more."""
         return self._gone or self._state is not State.SENDING
 
-    def _begin(self, message: Layer, page: _Page) -> bool:
-        """Asked right before a LAYER's first byte: not for a transfer that is over."""
+    def _begun(self, page: _Page) -> None:
+        """The sender's report: a LAYER's first byte is on its way."""
+        self._count(page)
+        self._commit_if_due()
+
+    def _settle(self, page: _Page) -> None:
+        """Decide here and now: a LAYER that has begun to leave counts, though its report is still to come; any other
+        stays here."""
+        if page.begun or page.sent:
+            return
+        if page.layer.take():
+            page.sent = True
+        else:
+            self._count(page)
+
+    def _count(self, page: _Page) -> None:
+        """A LAYER counts from its first byte on."""
+        if page.begun or self._over:
+            return
+        page.begun = True
         self._num_queued -= 1
-        if self._over:
-            return False
-        self._session.transfers.layer_sent(message)
-        times = self._timeline.layers[message.layer]
-        page.span.sent_s = time.monotonic()
+        self._session.transfers.layer_sent(page.layer.message)
+        times = self._timeline.layers[page.blocks.layer_id]
+        page.span.sent_s = page.layer.begun_s
         times.sent_s = times.sent_s or page.span.sent_s
         times.wire_bytes += page.blocks.payload.nbytes
-        self._commit_if_due()
-        return True
 
     def _commit_if_due(self) -> None:
         """COMMIT counts the LAYERs, so it waits for the last to begin; it overtakes its bytes on the other channel."""
@@ -235,7 +260,7 @@ class Lease:
 
     def _sent(self, page: _Page) -> None:
         page.sent = True
-        page.span.copied_s = time.monotonic()
+        page.span.copied_s = page.layer.sent_s
         page.release_if_free()
 
     def _send_owed(self, abort: Abort | None) -> None:
@@ -243,8 +268,10 @@ class Lease:
             self._session.send(abort)
 
     def _give_up_pages(self) -> None:
+        """No LAYER leaves from now on but those that have begun to."""
         pages, self._pages = self._pages, {}
         for page in pages.values():
+            self._settle(page)
             page.unwanted = True
             page.release_if_free()
 

@@ -207,12 +207,12 @@ class PrefillSession:
         finally:
             for sender in senders:
                 sender.cancel()
-            await asyncio.gather(*senders, return_exceptions=True)
+            await asyncio.gather(*senders, return_exceptions=True)  # their threads have ended then
 
     async def _send_bulk(self, bulk: BulkSender) -> None:
         try:
             await bulk.run()
-        except OSError as error:
+        except Exception as error:  # if it is a bug, the thread has said so
             self._control.abort(RemoteError(f"the bulk connection broke: {error}"))
 
     def close(self) -> None:
