@@ -4,23 +4,26 @@ the GPU that takes its time to empty their pages.
 
 import asyncio
 import random
+import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from queue import SimpleQueue
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from test_transport import BFP8, pair, random_kv, send, until
+from test_transport import BFP8, LIMITS, PATIENCE_S, digest_of, pair, random_kv, send, until
 
 from hmad.compute.arena import Arena
 from hmad.compute.cuda_landing import Copy, CudaLane, Page
 from hmad.compute.landing import HostLane
-from hmad.facts.errors import LocalError
+from hmad.facts.errors import LocalError, RemoteError
 from hmad.facts.formats import KVGeometry
-from hmad.transport.decode_listener import DecodeListener
+from hmad.transport.bulk_receiver import BulkReceiver
+from hmad.wire.frames import FrameReader, encode_frame
+from hmad.wire.messages import Layer
 
 LAYER_BYTES = 1 << 20
 
@@ -72,21 +75,76 @@ async def test_no_layer_is_received_over_one_that_is_still_being_copied(bulks: i
         await until(lambda: p.decode.idle)
 
 
-async def test_a_page_that_comes_free_reopens_only_a_lane_that_has_room() -> None:
+class Handler:
+    """A lane that has room when a test says so."""
+
+    has_room = False
+
+    def __init__(self) -> None:
+        self.memory = bytearray(4)
+        self.begun: list[Layer] = []
+        self.landed: list[bytes | None] = []
+        self.error: Exception | None = None
+
+    def layer_begins(self, layer: Layer, payload_bytes: int) -> list[memoryview]:
+        self.begun.append(layer)
+        return [memoryview(self.memory)]
+
+    def layer_landed(self, digest: bytes | None, landed_s: float) -> None:
+        self.landed.append(digest)
+
+    def receiver_ended(self, error: Exception) -> None:
+        self.error = error
+
+
+@asynccontextmanager
+async def receiving() -> AsyncIterator[tuple[Handler, BulkReceiver, socket.socket]]:
+    """The thread of a bulk channel, and the peer's end of it, from which a LAYER comes."""
+    ours, peer = socket.socketpair()
+    handler = Handler()
+    reader = FrameReader(LIMITS, lambda layer, size: receiver.place(layer, size))
+    reader.authenticated = True
+    receiver = BulkReceiver(ours, reader, handler)
+    receiver.start()
+    payload = b"abcd"
+    with peer:
+        peer.sendall(encode_frame(Layer(bytes(16), 0, 0, 0, 1, 0, 4, digest_of(payload)), payload) + payload)
+        yield handler, receiver, peer
+        receiver.stop(RemoteError("the test ends"))
+        await asyncio.wait_for(receiver.ended, PATIENCE_S)
+
+
+async def test_a_page_that_comes_free_lets_in_only_what_has_room() -> None:
     """It may have been told of one page while the next LAYER's, the other one, had already begun to be copied."""
-    lane, resumed = SimpleNamespace(is_free=False), []
-    told: list[Callable[[], object]] = []
-    host = SimpleNamespace(open_lane=lambda when_free: told.append(when_free) or lane)
-    listener = DecodeListener(SimpleNamespace(), host)  # type: ignore[arg-type]
-    connection = SimpleNamespace(resume=lambda: resumed.append(lane.is_free))
-    assert listener.open_lane(connection) is lane  # type: ignore[arg-type, comparison-overlap]
-    told[0]()
-    await asyncio.sleep(0)
-    assert resumed == []
-    lane.is_free = True
-    told[0]()
-    await asyncio.sleep(0)
-    assert resumed == [True]
+    async with receiving() as (handler, receiver, _):
+        await until(lambda: receiver._question is not None)
+        receiver.room_changed()
+        assert handler.begun == []
+        assert not receiver.in_frame, "it is we who are late"
+        handler.has_room = True
+        receiver.room_changed()
+        await until(lambda: handler.landed == [digest_of(b"abcd")])
+        assert bytes(handler.memory) == b"abcd"
+
+
+async def test_a_thread_that_waits_for_room_ends_when_it_is_told_to() -> None:
+    async with receiving() as (handler, receiver, _):
+        await until(lambda: receiver._question is not None)
+        receiver.stop(RemoteError("enough"))
+        await until(lambda: str(handler.error) == "enough")
+        await until(lambda: not receiver._thread.is_alive())
+        handler.has_room = True
+        receiver.room_changed()
+        assert handler.begun == []
+
+
+async def test_a_peer_that_closes_ends_the_thread() -> None:
+    async with receiving() as (handler, receiver, peer):
+        handler.has_room = True
+        peer.close()
+        await until(lambda: "closed the connection" in str(handler.error))
+        assert len(handler.begun) == len(handler.landed) == 1
+        await until(lambda: not receiver._thread.is_alive())
 
 
 def test_a_lane_that_is_not_free_says_so() -> None:

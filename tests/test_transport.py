@@ -14,6 +14,7 @@ from functools import partial
 from random import Random
 from typing import Any, cast
 
+import msgspec
 import numpy as np
 import pytest
 import xxhash
@@ -22,7 +23,7 @@ from hmad.compute.arena import Arena
 from hmad.compute.landing import HostLanding, Landing
 from hmad.compute.sequence import DecodeSequence
 from hmad.compute.staging import StagingPool
-from hmad.facts.errors import RemoteError, TransferAborted
+from hmad.facts.errors import RemoteError, RemoteProtocolError, TransferAborted
 from hmad.facts.formats import FORMATS, KVFormat, KVGeometry
 from hmad.facts.sampling import SampledToken
 from hmad.facts.timeline import LayerTimes, Timeline
@@ -30,6 +31,7 @@ from hmad.roles.decode import DecodeCounters, DecodeRole
 from hmad.roles.decode_engine import StepOutput
 from hmad.transport import decode_listener, liveness, prefill_link
 from hmad.transport.bulk import BulkSender, OutgoingLayer
+from hmad.transport.bulk_receiver import BulkReceiver
 from hmad.transport.clock import ClockOffset
 from hmad.transport.connection import tune
 from hmad.transport.decode_listener import DecodeListener, DecodeSession, ListenerSettings
@@ -40,7 +42,7 @@ from hmad.transport.rate import MAX_LATENESS_S, Pacer
 from hmad.wire import messages as m
 from hmad.wire.frames import FrameReader, FrameWriter, encode_frame
 from hmad.wire.handshake import NodeIdentity, PrefillHandshake
-from hmad.wire.transfers import root_digest
+from hmad.wire.transfers import PrefillTransfers, root_digest
 
 HOST = "127.0.0.1"
 GEOMETRY = KVGeometry(num_layers=3, num_kv_heads=4, head_dim=64)
@@ -569,6 +571,112 @@ async def stalled_socket() -> AsyncIterator[tuple[socket.socket, socket.socket]]
             yield sock, reader
 
 
+@pytest.mark.parametrize("rate", [None, 1000.0], ids=["nobody reads", "waits for its turn"])
+async def test_a_sender_that_is_closed_ends_its_thread_and_gives_every_page_back(rate: float | None) -> None:
+    async with stalled_socket() as (sock, _):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 0)  # else the kernel ends it after a while, too
+        bulk = BulkSender(sock, Pacer(rate))
+        sender = asyncio.create_task(bulk.run())
+        returned: list[int] = []
+        for number in range(3):
+            layer = m.Layer(bytes(16), 0, number, 0, 1, 0, 4, bytes(16))
+            bulk.put(OutgoingLayer(layer, memoryview(bytes(1 << 22)), ignore, partial(returned.append, number)))
+        await asyncio.sleep(0.05)
+        assert returned == []
+        assert bulk.backlog == 3
+        sender.cancel()
+        await asyncio.wait([sender], timeout=PATIENCE_S)
+        assert sender.cancelled()
+        await until(lambda: not bulk._thread.is_alive())
+        bulk.put(OutgoingLayer(layer, memoryview(b""), ignore, partial(returned.append, 3)))
+        assert (returned, bulk.backlog) == ([0, 1, 2, 3], 0)
+
+
+async def test_a_peer_that_resets_ends_the_sender_with_an_error() -> None:
+    async with stalled_socket() as (sock, reader):
+        bulk = BulkSender(sock, Pacer(None))
+        sender = asyncio.create_task(bulk.run())
+        layer = m.Layer(bytes(16), 0, 0, 0, 1, 0, 4, bytes(16))
+        bulk.put(OutgoingLayer(layer, memoryview(bytes(1 << 22)), ignore, ignore))
+        await asyncio.to_thread(reader.recv, 1 << 10)
+        reader.close()
+        with pytest.raises(OSError, match=r"reset|pipe"):
+            await asyncio.wait_for(sender, PATIENCE_S)
+        await until(lambda: not bulk._thread.is_alive())
+
+
+class PlayedSession:
+    """Carries one lease; the test is the thread that sends."""
+
+    peer_name, num_kv_heads, clock = "played", GEOMETRY.num_kv_heads, ClockOffset()
+    load = m.Load(free_slots=1, total_slots=1, running=0, waiting=0)
+
+    def __init__(self) -> None:
+        self.transfers = PrefillTransfers()
+        self.said: list[m.AnyMessage] = []
+        self.layers: list[OutgoingLayer] = []
+
+    def send(self, message: m.AnyMessage, payload: bytes | None = None) -> None:
+        self.said.append(message)
+
+    def send_layer(self, layer: OutgoingLayer) -> None:
+        self.layers.append(layer)
+
+    def forget(self, lease: Lease) -> None:
+        pass
+
+
+async def played_lease() -> tuple[PlayedSession, Lease, Released]:
+    """Granted; three LAYERs are queued, one a layer."""
+    session, message = PlayedSession(), reserve("bfp8", 32)
+    times = {layer_id: LayerTimes(0.0, 0.0) for layer_id in range(GEOMETRY.num_layers)}
+    lease = Lease(session, message, b"", Timeline("r", 32, 0.0, 0.0, layers=times))
+    lease.granted_by_peer(m.Grant(message.transfer_id, 0, LEASE_S))
+    return session, lease, send(lease, random_kv(1))
+
+
+async def test_an_abort_counts_what_has_begun_to_leave_though_nobody_said_so_yet() -> None:
+    """The sending thread has taken one LAYER, and its report is on its way; the others shall not leave any more."""
+    session, lease, released = await played_lease()
+    first, *others = session.layers
+    assert first.take()
+    lease.close()
+    assert isinstance(abort := session.said[-1], m.Abort)
+    assert abort.num_frames == 1
+    assert not any(layer.take() for layer in others)
+    assert released == Counter([(1, 0), (2, 0)])
+    first.begun()
+    first.sent()
+    assert all_once(released, random_kv(1))
+    assert session.said[-1] is abort
+
+
+async def test_landed_may_overtake_the_report_that_a_layer_has_begun() -> None:
+    session, lease, released = await played_lease()
+    first, *others = session.layers
+    assert first.take()
+    landed = m.Landed(lease.transfer_id, 0, 0, 0, 1, 0, GEOMETRY.num_kv_heads, 1.0, 1.0)
+    lease.landed(landed)
+    assert not released, "the kernel may still read it"
+    first.begun()
+    first.sent()
+    assert released == Counter([(0, 0)])
+    with pytest.raises(RemoteProtocolError, match="matches no LAYER on its way"):
+        lease.landed(msgspec.structs.replace(landed, layer=1))
+    assert not others[0].take()  # such a peer's session ends: nothing more leaves
+
+
+async def test_commit_waits_for_the_last_layer_to_begin() -> None:
+    session, lease, _ = await played_lease()
+    lease.commit([CHOICE])
+    for layer in session.layers:
+        assert not isinstance(session.said[-1], m.Commit)
+        assert layer.take()
+        layer.begun()
+    assert isinstance(commit := session.said[-1], m.Commit)
+    assert commit.num_frames == 3
+
+
 def read_layers(sock: socket.socket, count: int, num_bytes: int) -> list[tuple[m.Layer, bytes | None]]:
     """Receive LAYERs; each with the digest of what came."""
     reader = FrameReader(LIMITS, lambda layer, size: [memoryview(bytearray(size))])
@@ -657,7 +765,7 @@ async def test_frames_in_flight_of_an_aborted_transfer_are_discarded() -> None:
         kv = random_kv(4, seed=1)
         p.proxy.bulk.clear()
         released = send(aborted, random_kv(20))
-        await until(lambda: all(aborted._timeline.layers[n].sent_s for n in range(GEOMETRY.num_layers)))
+        await until(lambda: aborted._num_queued == 0)
         aborted.close()
         await until(lambda: p.decode.arena.used_slots == 4 + 1)
         send(neighbour, kv)
@@ -683,6 +791,29 @@ async def test_slots_stay_taken_while_a_frame_is_being_received_into_them() -> N
         await hand.write(data[len(data) // 2 :])
         await until(lambda: decode.idle)
         assert decode.session.transfers.num_tombstones == 0
+
+
+async def test_slots_of_a_lost_session_stay_taken_while_a_thread_may_write_to_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stop = BulkReceiver.stop
+    stops: list[Callable[[], None]] = []
+    async with by_hand() as (decode, hand):
+        monkeypatch.setattr(BulkReceiver, "stop", lambda *arguments: stops.append(partial(stop, *arguments)))
+        await granted(hand, num_blocks=1)
+        half = await granted(hand, num_blocks=2)
+        payload = random_kv(2)[0].tobytes()
+        data = encode_frame(layer_of(half, payload, 0, range(2), range(4)), payload) + payload
+        await hand.write(data[: len(data) // 2])
+        await until(lambda: any(t.num_filling for t in decode.session.transfers.live()))
+        held = decode.role.slots_by_state()["landing_slots"]
+        decode.session.end("the test ends it")
+        assert not decode.listener.sessions
+        assert 0 < decode.arena.used_slots < held
+        [stop_thread] = stops
+        stop_thread()
+        await until(lambda: decode.idle)
+        monkeypatch.undo()
 
 
 async def test_a_wrong_digest_ends_its_transfer_alone() -> None:
@@ -767,7 +898,7 @@ async def test_a_broken_bulk_connection_ends_the_session_and_returns_every_page(
         lease = await p.lease(60)
         p.proxy.bulk.clear()
         released = send(lease, random_kv(60))
-        p.decode.session.connections[1].connection.abort()
+        p.decode.session.connections[1].abort(RemoteError("the test breaks it"))
         with pytest.raises(RemoteError):
             await asyncio.wait_for(lease.next_token(), PATIENCE_S)
         await until(lambda: p.decode.idle)

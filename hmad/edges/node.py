@@ -27,8 +27,8 @@ from hmad.roles.engine import Engine
 
 log = get_logger(__name__)
 
-# The loop and a thread that launches GPU work take turns at Python. By default one that holds it may go on for 5 ms,
-# in which a GPU computes several layers.
+# The loop, the threads that move KV and the one that launches GPU work take turns at Python. By default one that holds
+# it may go on for 5 ms, in which a GPU computes several layers and a link carries several frames.
 SWITCH_INTERVAL_S = 0.0005
 
 EXIT_OK, EXIT_FAILED = 0, 1

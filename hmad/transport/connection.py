@@ -1,6 +1,7 @@
 """One TCP connection that speaks frames: bytes from the socket go straight where FrameReader wants them."""
 
 import asyncio
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -90,14 +91,14 @@ class FrameConnection(asyncio.BufferedProtocol):
         if self._transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             self.close(RemoteProtocolError(f"{self.peer_name} does not read: {MAX_UNSENT_BYTES} bytes wait for it"))
 
-    def pause(self) -> None:
-        """Read nothing until ``resume``: the next frame has no room yet. The peer notices by its sends not leaving."""
-        if self.is_open and self._transport is not None:
-            self._transport.pause_reading()
-
-    def resume(self) -> None:
-        if self.is_open and self._transport is not None:
-            self._transport.resume_reading()
+    def detach(self) -> socket.socket:
+        """The socket, for whoever goes on with it. This object is done: it neither reads nor hears of the end."""
+        if self._transport is None:
+            raise RemoteError("the connection is lost")
+        file_number = os.dup(self._transport.get_extra_info("socket").fileno())
+        self._handler = None
+        self._transport.abort()
+        return socket.socket(fileno=file_number)
 
     def close(self, error: Exception | None = None) -> None:
         """Send what is queued, then close; the handler learns ``error`` as the reason."""

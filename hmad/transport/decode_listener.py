@@ -10,6 +10,7 @@ from hmad.compute.landing import Lane
 from hmad.facts.errors import ConfigError, LocalError, RemoteError, RemoteProtocolError
 from hmad.facts.formats import KVGeometry
 from hmad.facts.logs import get_logger
+from hmad.transport.bulk_receiver import BulkReceiver
 from hmad.transport.connection import FrameConnection
 from hmad.transport.liveness import DEAD_AFTER_S, HANDSHAKE_S, Liveness, StallWatch
 from hmad.transport.strangers import Strangers
@@ -110,6 +111,7 @@ class DecodeListener:
             session.end(reason)
         for connection in list(self._connections):
             connection.connection.close()
+        await asyncio.gather(*(connection.ended() for connection in self._connections))
         if self._server is not None:
             await self._server.wait_closed()
 
@@ -150,20 +152,13 @@ class DecodeListener:
         log.info("session opened", peer=session.name, format=agreement.format)
         return session
 
-    def open_lane(self, connection: FrameConnection) -> Lane:
+    def open_lane(self, when_free: Callable[[], object]) -> Lane:
         """Where a bulk connection's LAYERs land. Raises RemoteProtocolError when there is no memory for one more."""
         loop = asyncio.get_running_loop()
-
-        def freed() -> None:
-            # Asked again: it may be told of one page while the next LAYER's is still being read.
-            if lane.is_free:
-                connection.resume()
-
         try:
-            lane = self.host.open_lane(lambda: loop.call_soon_threadsafe(freed))
+            return self.host.open_lane(lambda: loop.call_soon_threadsafe(when_free))
         except LocalError as error:
             raise RemoteProtocolError(str(error)) from error
-        return lane
 
     def tell_load(self) -> None:
         """Slots were taken or given back: every prefill node that waits for some shall know."""
@@ -176,17 +171,18 @@ class DecodeListener:
 
 
 class AcceptedConnection:
-    """One accepted connection: a stranger until its handshake is done, then a channel of a session."""
+    """One accepted connection: a stranger until its handshake is done, then a channel of a session.
+
+    Belongs to the loop's thread, but for ``place``, which the thread of a bulk channel calls, too.
+    """
 
     def __init__(self, listener: DecodeListener) -> None:
         self._listener = listener
         settings = listener.settings
         self._handshake = DecodeHandshake(settings.identity, settings.total_slots, settings.cluster_key)
         self._session: DecodeSession | None = None
-        self._lane: Lane | None = None  # of a bulk channel
-        self._place: LayerPlace | None = None
         self.connection: FrameConnection
-        self._watch: StallWatch | None = None
+        self._bulk: BulkChannel | None = None  # has the socket once the handshake of a bulk channel is done
 
     def made(self, connection: FrameConnection) -> "AcceptedConnection":
         self.connection = connection
@@ -198,34 +194,56 @@ class AcceptedConnection:
         """Where a LAYER's payload goes; asked once its header is here."""
         if self._session is None:
             raise RemoteProtocolError("LAYER before the handshake is done")
-        if self._lane is None:
+        if self._bulk is None:
             raise RemoteProtocolError("LAYER may not come on the control channel")
-        self._place, views = self._session.layer_begins(layer, payload_bytes, self._lane)
-        return views
+        return self._bulk.receiver.place(layer, payload_bytes)
 
     def frame_received(self, received: Received) -> None:
         if self._session is None:
             self._greeted(received)
-        elif isinstance(received.message, Layer):
-            if self._place is not None and self._lane is not None:
-                self._session.layer_landed(self._place, received.digest, self._lane)
-                if not self._lane.is_free:
-                    self.connection.pause()
         else:
-            self._session.frame_received(self, received)
+            self._session.frame_received(received)
 
     def connection_lost(self, error: Exception | None) -> None:
         self._listener.strangers.discard(self)
         self._listener.discard(self)
-        if self._watch is not None:
-            self._watch.stop()
-        if self._lane is not None:
-            self._lane.close()
         if self._session is not None:
             self._session.lost(error or RemoteError("the prefill node closed the connection"))
         elif isinstance(error, RemoteError):
             log.warning("a stranger was turned away", peer=self.connection.peer_name, error=str(error))
             self._listener.host.failed(type(error).__name__)
+
+    @property
+    def is_receiving(self) -> bool:
+        """Whether a thread may still write to where LAYERs were to go."""
+        return self._bulk is not None and not self._bulk.receiver.ended.done()
+
+    @property
+    def heard_s(self) -> float:
+        """When the last byte came."""
+        return self.connection.heard_s if self._bulk is None else self._bulk.receiver.heard_s
+
+    def close(self, error: Exception) -> None:
+        """Send what is queued, then close. On a bulk channel we send nothing."""
+        if self._bulk is None:
+            self.connection.close(error)
+        else:
+            self._bulk.receiver.stop(error)
+
+    def abort(self, error: Exception) -> None:
+        """Close at once."""
+        if self._bulk is None:
+            self.connection.abort(error)
+        else:
+            self._bulk.receiver.stop(error)
+
+    async def ended(self) -> None:
+        """Wait until no thread receives for it."""
+        if self._bulk is not None:
+            await self._bulk.receiver.ended
+
+    def show_out(self, reason: str) -> None:
+        self.abort(RemoteError(reason))
 
     def _greeted(self, received: Received) -> None:
         answer = self._handshake.receive(received)
@@ -243,14 +261,45 @@ class AcceptedConnection:
         try:
             self._session = self._listener.join(self, agreement)
             if agreement.channel is Channel.BULK:
-                self._lane = self._listener.open_lane(self.connection)
-                self._watch = StallWatch(self.connection, self.show_out)
+                self._bulk = BulkChannel(self._listener, self._session, self)
+                self._bulk.receiver.start()  # its thread asks us, who can answer now
         except RemoteProtocolError as error:
             self.connection.send(make_reject(str(error)))
             raise
 
-    def show_out(self, reason: str) -> None:
-        self.connection.abort(RemoteError(reason))
+
+class BulkChannel:
+    """A bulk channel of a session: its lane, and the thread that receives into it. Belongs to the loop's thread."""
+
+    def __init__(self, listener: DecodeListener, session: "DecodeSession", accepted: AcceptedConnection) -> None:
+        self._session = session
+        self._accepted = accepted
+        self._place: LayerPlace | None = None
+        self._lane = listener.open_lane(self._lane_changed)
+        self.receiver = BulkReceiver(accepted.connection.detach(), accepted.connection.reader, self)
+        self._watch = StallWatch(self.receiver, accepted.show_out)
+
+    def _lane_changed(self) -> None:
+        self.receiver.room_changed()
+
+    # --- LayerHandler ---
+
+    @property
+    def has_room(self) -> bool:
+        return self._lane.is_free
+
+    def layer_begins(self, layer: Layer, payload_bytes: int) -> Sequence[memoryview]:
+        self._place, views = self._session.layer_begins(layer, payload_bytes, self._lane)
+        return views
+
+    def layer_landed(self, digest: bytes | None, landed_s: float) -> None:
+        if self._place is not None:
+            self._session.layer_landed(self._place, digest, self._lane, landed_s)
+
+    def receiver_ended(self, error: Exception) -> None:
+        self._watch.stop()
+        self._lane.close()
+        self._accepted.connection_lost(error)
 
 
 class DecodeSession:
@@ -276,7 +325,8 @@ class DecodeSession:
         )
         self._strikes = DigestStrikes()
         self._commits: dict[DecodeTransfer, tuple[Commit, float]] = {}  # whose LAYERs are not all here, and since when
-        self._discard = memoryview(bytearray(DISCARD_BYTES))
+        self._discard = memoryview(bytearray(DISCARD_BYTES))  # threads write to it as they like: nobody reads it
+        self._filling: list[DecodeTransfer] = []  # of a closed session, whose slots threads may still write to
         self._liveness = Liveness(self._beat, self._silent)
         self._load_sent: Load | None = None
         self.is_open = True
@@ -324,9 +374,6 @@ class DecodeSession:
             self._control.send(Tokens(tuple(entry for entry, _ in batch)), b"".join(extras for _, extras in batch))
         self._settle()
 
-    def is_control(self, channel: AcceptedConnection) -> bool:
-        return channel.connection is self._control
-
     def describe(self) -> dict[str, object]:
         """For /status."""
         return {
@@ -350,21 +397,20 @@ class DecodeSession:
             return place, repeat_view(self._discard, payload_bytes)
         return place, self._host.place(place.transfer, layer, lane)
 
-    def layer_landed(self, place: LayerPlace, digest: bytes | None, lane: Lane) -> None:
+    def layer_landed(self, place: LayerPlace, digest: bytes | None, lane: Lane, landed_s: float) -> None:
+        if not self.is_open:
+            return
         self._liveness.heard()
-        now_s = time.monotonic()
         # The digest was computed while the bytes came in: what is left after the last byte is one comparison.
-        outcome = self.transfers.layer_landed(place, digest, now_s, time.monotonic())
+        outcome = self.transfers.layer_landed(place, digest, landed_s, time.monotonic())
         if outcome.verdict in (Verdict.WAITING, Verdict.READY):
             lane.store()
         self._take(outcome)
 
     # --- the control channel ---
 
-    def frame_received(self, channel: AcceptedConnection, received: Received) -> None:
+    def frame_received(self, received: Received) -> None:
         self._liveness.heard()
-        if not self.is_control(channel):
-            raise RemoteProtocolError(f"{type(received.message).__name__} may not come on a bulk channel")
         match received.message:
             case Reserve() as message:
                 self._host.reserve(self, self.transfers.reserve(message), message, received.payload or memoryview(b""))
@@ -392,6 +438,10 @@ class DecodeSession:
     def lost(self, error: Exception) -> None:
         """A channel is gone, and with it the session."""
         self._close(error)
+        if not any(channel.is_receiving for channel in self.connections):
+            filling, self._filling = self._filling, []
+            for transfer in filling:
+                self._host.release(transfer)
 
     def _take(self, outcome: Outcome) -> None:
         for reply in outcome.replies:
@@ -445,7 +495,7 @@ class DecodeSession:
 
     def _stuck(self, now_s: float) -> list[DecodeTransfer]:
         """Transfers whose LAYERs had all begun to leave, yet no byte comes any more: a bulk channel is broken."""
-        heard_s = max((c.connection.heard_s for c in self.connections if not self.is_control(c)), default=0.0)
+        heard_s = max((channel.heard_s for channel in self.connections[1:]), default=0.0)
         return [t for t, (_, since_s) in self._commits.items() if now_s - max(since_s, heard_s) > DEAD_AFTER_S]
 
     def _silent(self, silence_s: float) -> None:
@@ -461,13 +511,15 @@ class DecodeSession:
         held = self.transfers.close()
         if held or isinstance(error, RemoteProtocolError):  # else a prefill node that had nothing here has left
             self._host.failed(type(error).__name__)
+        self._filling = [transfer for transfer in held if transfer.num_filling]
         for transfer in held:
-            self._host.release(transfer)
+            if not transfer.num_filling:
+                self._host.release(transfer)
         for channel in self.connections:
-            if at_once or channel.connection is not self._control:
-                channel.connection.abort()
+            if at_once:
+                channel.abort(error)
             else:
-                channel.connection.close()
+                channel.close(error)
 
 
 def repeat_view(scratch: memoryview, num_bytes: int) -> list[memoryview]:
