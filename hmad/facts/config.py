@@ -243,7 +243,7 @@ class Config(BaseModel):
         GIB, description="unquantized KV of earlier chunks that later chunks of a prompt attend to"
     )
     bulk_connections: Annotated[int, Field(ge=1, le=64), OF_PREFILL] = Field(
-        1, description="TCP connections per peer that carry KV, beside the one for control"
+        2, description="TCP connections per peer that carry KV, beside the one for control; each keeps a core busy"
     )
 
     stream_host: Annotated[Name, OF_DECODE] = Field(
