@@ -257,18 +257,19 @@ class Decoder:
         self.arena.check_integrity([])
 
 
-FORCED = tuple(prompt_of(40, seed=5))
+FORCED = tuple(prompt_of(100, seed=5))
 
 
 def forced_logits(device: str, precision: str) -> list[torch.Tensor]:
     """Logits [steps, vocab] of sequences of every format and many lengths, more of them than decode at once, under
-    teacher forcing.
+    teacher forcing. The last few go on alone for longer than a plan of attention serves.
     """
     decoder = Decoder(device, precision)
     shapes = [(fmt, 1 + 37 * i % 400) for i, fmt in enumerate(list(FORMATS.values()) * 2)]
     sequences = [
-        decoder.sequence(fmt, n, SamplingParams(max_tokens=4 + n % 30, forced_token_ids=FORCED, want_logits=True))
+        decoder.sequence(fmt, n, SamplingParams(max_tokens=tokens, forced_token_ids=FORCED, want_logits=True))
         for fmt, n in shapes
+        for tokens in [4 + n % 30 + (60 if n > 250 else 0)]
     ]
     tokens = decoder.decode(*sequences)
     decoder.close()

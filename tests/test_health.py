@@ -190,7 +190,7 @@ def test_a_dead_decode_engine_fails_what_it_has_and_what_comes(monkeypatch: pyte
     steps, died = Queue[list[StepOutput]](), threading.Event()
     engine = DecodeEngine(ToldDevice(), 1, lambda outputs, left: steps.put(outputs))
     engine.on_death = died.set
-    running_, waiting = choice(1000), choice(1000)
+    running_, waiting = choice(1 << 20), choice(1 << 20)  # longer than it takes to break the engine
     engine.join_batch([running_, waiting])
     engine.start()
     steps.get(timeout=HANG_S)

@@ -265,6 +265,69 @@ def test_what_is_dropped_leaves_when_the_step_in_flight_is_done() -> None:
     assert engine.join(PATIENCE_S)
 
 
+class SteppedEngine:
+    """An engine without its thread, which takes note of what its device and its role see."""
+
+    def __init__(self, runs_ahead: bool) -> None:
+        self.device = AheadDecode()
+        self.device.runs_ahead = runs_ahead
+        self.engine = DecodeEngine(self.device, max_batch_size=3, deliver=self._deliver)
+        self.told: dict[DecodeSequence, list[StepOutput]] = {}
+        self.left: list[DecodeSequence] = []
+        self._launched: list[DecodeSequence] = []
+        launch = self.device.launch
+
+        def noted(batch: DecodeBatch) -> Callable[[], list[Outcome]]:
+            assert len(batch) <= 3
+            assert not set(batch.sequences) & set(self.left)
+            assert all(s.num_tail_tokens + 1 < s.params.max_tokens for s in batch.sequences)
+            self._launched = batch.sequences
+            return launch(batch)
+
+        self.device.launch = noted  # type: ignore[method-assign]
+
+    def _deliver(self, outputs: list[StepOutput], left: list[DecodeSequence]) -> None:
+        for output in outputs:
+            self.told.setdefault(output.sequence, []).append(output)
+        in_flight = self._launched if self.engine._in_flight else []
+        assert not set(left) & set(in_flight)
+        self.left += left
+
+    def work(self) -> None:
+        if self.engine._has_work():
+            self.engine._work()
+
+
+LIVES = st.tuples(st.integers(2, 8), st.integers(1, 9), st.integers(0, 9), st.integers(0, 20))
+
+
+@given(st.lists(LIVES, max_size=8), st.booleans())
+def test_whatever_joins_stops_or_is_dropped_ends_once_and_then_leaves(
+    lives: list[tuple[int, int, int, int]], runs_ahead: bool
+) -> None:
+    stepped, empty = SteppedEngine(runs_ahead), np.zeros(64, np.int32)
+    sequences = [
+        DecodeSequence(empty, SamplingParams(most, stop_token_ids=(stop,)), i, (), FORMATS["bf16"], empty, [0])
+        for i, (most, stop, _, _) in enumerate(lives)
+    ]
+    for step in range(30):
+        stepped.engine.join_batch(s for s, life in zip(sequences, lives, strict=True) if life[2] == step)
+        stepped.engine.drop(s for s, life in zip(sequences, lives, strict=True) if life[2] + life[3] == step)
+        stepped.work()
+    while stepped.engine._has_work():
+        stepped.work()
+    assert sorted(s.seed for s in stepped.left) == list(range(len(lives)))
+    assert stepped.engine.num_running == stepped.engine.num_waiting == 0
+    for sequence, (most, stop, _, _) in zip(sequences, lives, strict=True):
+        *before, last = stepped.told[sequence]
+        assert all(output.token == SampledToken(output.index) and not output.ends for output in before)
+        assert [output.index for output in (*before, last)] == list(range(1, len(before) + 2))
+        if last.finish_reason == "cancelled":
+            assert last.token is None
+        else:
+            assert (last.index, last.finish_reason) == (stop, "stop") if stop < most else (most - 1, "length")
+
+
 def test_a_lost_device_ends_the_engine_even_without_work() -> None:
     died = Queue[bool]()
     engine = DecodeEngine(AheadDecode(), max_batch_size=4, deliver=lambda outputs, left: None)

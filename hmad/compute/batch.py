@@ -5,38 +5,35 @@ from collections.abc import Sequence
 import numpy as np
 
 from hmad.compute.sequence import DecodeSequence
-from hmad.facts.formats import FORMATS
 
-FORMAT_CODE = {name: code for code, name in enumerate(FORMATS)}
+NO_SEGMENTS, NO_SLOTS = np.empty((0, 3), np.int32), np.empty(0, np.int32)
 
 
 class DecodeBatch:
     """B sequences with their segments in CSR form; the last segment of each is its tail.
 
     seq_segments int32 [B + 1]; segments int32 [num_segments, 3]: format code, num_tokens, first index into
-    block_table; block_table int32 [n] slot ids; positions int64 [B]: where each newest token goes.
+    block_table; block_table int32 [n] slot ids; positions int64 [B]: where each newest token goes; tail_lens int32 [B]:
+    tokens of each tail, the newest one included: a step appends it before it attends. ``num_steps_left``: until the
+    first of the sequences has had its last.
     """
 
     def __init__(self, sequences: Sequence[DecodeSequence]) -> None:
         self.sequences = list(sequences)
-        rows: list[tuple[int, int, int]] = []
-        tables: list[np.ndarray] = []
-        counts = [0]
-        next_index = 0
-        for sequence in self.sequences:
-            # A step appends the newest token before it attends, so the tail is counted with it.
-            tail = (sequence.tail_format, sequence.num_tail_tokens + 1, sequence.tail_slots)
-            for fmt, num_tokens, slots in [*((s.format, s.num_tokens, s.slots) for s in sequence.prefix), tail]:
-                rows.append((FORMAT_CODE[fmt.name], num_tokens, next_index))
-                tables.append(slots)
-                next_index += len(slots)
-            counts.append(len(rows))
-        self.seq_segments = np.array(counts, dtype=np.int32)
-        self.segments = np.array(rows, dtype=np.int32).reshape(-1, 3)
-        self.block_table = np.concatenate(tables).astype(np.int32) if tables else np.empty(0, np.int32)
-        self.positions = np.array([s.context_len for s in self.sequences], dtype=np.int64)
+        segments = [s.segments for s in self.sequences]
+        tables = [s.block_table for s in self.sequences]
+        counts, blocks = (np.array([len(a) for a in arrays], np.int32) for arrays in (segments, tables))
+        self.seq_segments = np.concatenate(([0], counts.cumsum())).astype(np.int32)
+        self.segments = np.concatenate([NO_SEGMENTS, *segments])
+        self.segments[:, 2] += np.repeat(blocks.cumsum(dtype=np.int32) - blocks, counts)
+        self.block_table = np.concatenate([NO_SLOTS, *tables])
+        self.tail_lens = np.array([s.num_tail_tokens + 1 for s in self.sequences], np.int32)
         self._tails = self.seq_segments[1:] - 1
-        self._tail_block_tokens = np.array([s.tail_format.tokens_per_block for s in self.sequences], dtype=np.int32)
+        self._tail_starts = self.segments[self._tails, 2]
+        self._tail_block_tokens = np.array([s.tail_format.tokens_per_block for s in self.sequences], np.int32)
+        self.segments[self._tails, 1] = self.tail_lens
+        self.positions = np.add.reduceat(self.segments[:, 1], self.seq_segments[:-1], dtype=np.int64) - 1
+        self.num_steps_left = min((s.num_steps - s.num_tail_tokens for s in self.sequences), default=0)
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -49,12 +46,14 @@ class DecodeBatch:
     @property
     def tail_places(self) -> tuple[np.ndarray, np.ndarray]:
         """Slot ids and token offsets, int32 [B] each, where this step appends."""
-        tokens, first = self.segments[self._tails, 1] - 1, self.segments[self._tails, 2]
-        return self.block_table[first + tokens // self._tail_block_tokens], tokens % self._tail_block_tokens
+        blocks, offsets = np.divmod(self.tail_lens - 1, self._tail_block_tokens)
+        return self.block_table[self._tail_starts + blocks], offsets
 
     def advance(self) -> None:
         """A step was launched: one more token stands in every tail."""
         for sequence in self.sequences:
             sequence.num_tail_tokens += 1
-        self.segments[self._tails, 1] += 1
+        self.tail_lens += 1
+        self.segments[self._tails, 1] = self.tail_lens
         self.positions += 1
+        self.num_steps_left -= 1

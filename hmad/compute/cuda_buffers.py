@@ -42,6 +42,7 @@ class Bundle:
                 for name, field in fields.items()
             }
 
+        self._starts = starts
         self._device = torch.zeros(size, dtype=torch.uint8, device=device)
         self._host = [torch.zeros(size, dtype=torch.uint8, pin_memory=True) for _ in range(TURNS)]
         self.on_device = views(self._device)
@@ -55,9 +56,16 @@ class Bundle:
         self._turn = (self._turn + 1) % TURNS
         return self._arrays[self._turn]
 
-    def upload(self) -> None:
-        """Bring this turn's arrays to the device, after what the current stream has to do before."""
-        self._device.copy_(self._host[self._turn], non_blocking=True)
+    def upload(self, up_to: tuple[str, int] | None = None) -> None:
+        """Bring this turn's arrays to the device, after what the current stream has to do before. ``up_to`` names one
+        of them and how many of its values there are: nothing behind these is brought.
+        """
+        device, host = self._device, self._host[self._turn]
+        if up_to is not None:
+            name, length = up_to
+            end = self._starts[name] + length * self._arrays[self._turn][name].itemsize
+            device, host = device[:end], host[:end]
+        device.copy_(host, non_blocking=True)
 
     def download(self) -> None:
         """Bring the device's arrays to this turn's, after what the current stream has to do before."""

@@ -3,11 +3,15 @@
 A step is: bring its metadata to the device in one copy, replay the graph, bring the tokens back in another. The newest
 tokens stay on the device from one step to the next, so that a step can be launched before the host knows what the one
 before it has drawn.
+
+The host's part is Python beside a fast device, so it touches arrays, and no sequence by itself: what follows from the
+members of a batch alone is brought to the device when they change, and a plan of attention serves many steps.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 
 import numpy as np
 import torch
@@ -15,18 +19,20 @@ from torch import Tensor
 
 from hmad.compute.arena import Arena
 from hmad.compute.batch import DecodeBatch
-from hmad.compute.cuda_buffers import Bundle, Field
+from hmad.compute.cuda_buffers import TURNS, Bundle, Field
 from hmad.compute.cuda_faults import fatal_faults
 from hmad.compute.cuda_graphs import Pool, buckets_up_to, captured
 from hmad.compute.cuda_sampler import (
+    CONSTANT_COLUMNS,
     NO_ROW,
-    columns,
+    SETTINGS,
+    STEP_COLUMNS,
     device_sampling,
     forced_token,
-    outcome,
+    outcomes_of,
     sampling_fields,
+    settings_of,
     token_tensor,
-    wants_logits,
 )
 from hmad.compute.device import Outcome, non_finite
 from hmad.compute.model import Projected, Qwen3
@@ -47,6 +53,24 @@ from hmad_kernels.triton_sampling import count_tokens, reset_counts, sample_rows
 
 BUCKET_STEPS = ((4, 1), (64, 8), (128, 16), (1 << 20, 32))  # batch sizes that graphs are captured for
 FORMAT_NAMES = tuple(FORMATS)
+PLAN_STEPS = 32  # that the items of attention serve, before they are cut anew
+
+
+class Plan:
+    """A batch's items of attention. From one step to the next only the last of each sequence grows, by the token that
+    was appended to its tail.
+    """
+
+    def __init__(self, items: np.ndarray, seq_items: np.ndarray) -> None:
+        self.items = items  # int32 [capacity, 4], as ``split_items`` makes them
+        self.seq_items = seq_items  # int32 [B + 1]
+        self.num_steps_left = PLAN_STEPS
+        self._num_tokens = items[:, 3]
+        self._last = seq_items[1:] - 1
+
+    def advance(self) -> None:
+        self._num_tokens[self._last] += 1
+        self.num_steps_left -= 1
 
 
 @dataclass(eq=False)
@@ -54,19 +78,19 @@ class Members:
     """What of a batch's metadata stays the same, or only counts on, until its members change."""
 
     batch: DecodeBatch
-    formats: tuple[str, ...]
     rows: dict[DecodeSequence, int]
+    num_rows: int  # padded
+    graph: torch.cuda.CUDAGraph
+    settings: np.ndarray  # SETTINGS [B]
     sources: np.ndarray  # int64 [B]: the row of the step before that drew each newest token; -1: the host knows it
-    token_ids: np.ndarray  # int64 [B]: what the host knows
-    index: np.ndarray  # int64 [B]: of the tokens to draw
-    columns: dict[str, np.ndarray]  # of sampling
     forced: list[tuple[int, DecodeSequence]]  # rows under teacher forcing
     described: list[int]  # rows whose logits the host wants
+    plan: Plan
 
     def launched(self) -> None:
         """The next step's newest tokens are this one's."""
         self.sources = np.arange(len(self.batch))
-        self.index += 1
+        self.plan.advance()
 
 
 class CudaDecode:
@@ -86,7 +110,6 @@ class CudaDecode:
         capacity = self._capacity(max_batch_size)
         self._inputs = Bundle(
             {
-                "token_ids": Field(torch.int64, (max_batch_size,)),
                 "positions": Field(torch.int64, (max_batch_size,)),
                 "sources": Field(torch.int64, (max_batch_size,)),  # rows of the step before, or -1
                 "tail_slots": Field(torch.int32, (max_batch_size,)),  # -1: padding
@@ -94,9 +117,16 @@ class CudaDecode:
                 "items": Field(torch.int32, (capacity, 4)),
                 "seq_items": Field(torch.int32, (max_batch_size + 1,)),
             }
-            | sampling_fields(max_batch_size),
+            | sampling_fields(STEP_COLUMNS, max_batch_size),
             device,
         )
+        blocks = Field(torch.int32, (8 * arena.num_slots,))  # the choices of a request, eight at most, share its prefix
+        self._constants = Bundle(  # while the members stay the same
+            sampling_fields(CONSTANT_COLUMNS, max_batch_size)
+            | {"token_ids": Field(torch.int64, (max_batch_size,)), "blocks": blocks},
+            device,
+        )
+        self._on_device = self._inputs.on_device | self._constants.on_device
         self._outputs = Bundle(
             {
                 "token_ids": Field(torch.int64, (max_batch_size,)),
@@ -105,8 +135,7 @@ class CudaDecode:
             },
             device,
         )
-        table_size = 8 * arena.num_slots  # the choices of a request, eight at most, share its prefix
-        self._tables = Bundle({"blocks": Field(torch.int32, (table_size,))}, device)
+        self._done = cycle([torch.cuda.Event(blocking=True) for _ in range(TURNS)])
         shapes = partial_shapes(capacity, config.num_heads, config.head_dim)
         self._partials = [torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes]
         self._logits = torch.empty((max_batch_size, config.vocab_size), dtype=torch.float32, device=device)
@@ -139,124 +168,139 @@ class CudaDecode:
         with fatal_faults(), torch.inference_mode(), torch.cuda.stream(self._stream):
             members = self._members
             if members is None or members.batch is not batch:
-                members = self._adopt(batch, {} if members is None else members.rows)
-            num_rows = next(size for size in self._buckets if size >= len(batch))
-            graph = self._graph_for(num_rows, members.formats)
+                members = self._adopt(batch, members)
             try:
-                arrays, described, done = self._replay(members, num_rows, graph)
+                outcomes = self._replay(members)
             except Exception:
                 self._stream.synchronize()  # nobody else will wait for what was begun
                 raise
-        outcomes = partial(
-            self._collect, batch.sequences, members.index.tolist(), batch.positions.tolist(), arrays, described, done
-        )
         members.launched()
         self._members = members
         return outcomes
 
-    def _replay(
-        self, members: Members, num_rows: int, graph: torch.cuda.CUDAGraph
-    ) -> tuple[dict[str, np.ndarray], dict[int, Tensor], torch.cuda.Event]:
+    def _replay(self, members: Members) -> Callable[[], Sequence[Outcome]]:
         """One step's metadata up, the graph, and its outcomes down: they are there after the event."""
-        self._fill(members, num_rows)
+        batch = members.batch
+        self._fill(members)
         self._inputs.upload()
-        graph.replay()
+        members.graph.replay()
         arrays = self._outputs.next_turn()
         self._outputs.download()
         described = {row: self._logits[row].to("cpu", non_blocking=True) for row in members.described}
-        done = torch.cuda.Event(blocking=True)
-        done.record()
-        return arrays, described, done
+        done = next(self._done)
+        done.record(self._stream)
+        counts = batch.tail_lens.copy(), batch.positions.copy()
+        return partial(self._collect, batch.sequences, *counts, arrays, described, done)
 
     def _collect(
         self,
         sequences: Sequence[DecodeSequence],
-        indices: Sequence[int],
-        positions: Sequence[int],
+        index: np.ndarray,
+        positions: np.ndarray,
         arrays: dict[str, np.ndarray],
         described: dict[int, Tensor],
         done: torch.cuda.Event,
     ) -> list[Outcome]:
         with fatal_faults():
             done.synchronize()
-        token_ids, tops, bad_rows = (arrays[name].tolist() for name in ("token_ids", "tops", "bad_rows"))
-        outcomes: list[Outcome] = []
-        for row, sequence in enumerate(sequences):
-            raw = described[row].numpy() if row in described else None
-            if bad_rows[row]:
-                outcomes.append(non_finite(None, positions[row]))
-            else:
-                outcomes.append(outcome(sequence.params, indices[row], token_ids[row], tops[row], raw))
+        size = len(sequences)
+        raw = {row: logits.numpy() for row, logits in described.items()}
+        outcomes = outcomes_of(sequences, index, arrays["token_ids"][:size], arrays["tops"][:size], raw)
+        for row in arrays["bad_rows"][:size].nonzero()[0].tolist():
+            outcomes[row] = non_finite(None, int(positions[row]))
         return outcomes
 
     # --- its metadata ---
 
-    def _adopt(self, batch: DecodeBatch, rows_before: dict[DecodeSequence, int]) -> Members:
-        """The members have changed: what follows from them alone."""
-        sequences = batch.sequences
+    def _adopt(self, batch: DecodeBatch, before: Members | None) -> Members:
+        """The members have changed: what follows from them alone. Those that stay keep their settings."""
+        num_rows = next(size for size in self._buckets if size >= len(batch))
         codes = sorted(set(batch.segments[:, 0].tolist()))
-        table = self._tables.next_turn()["blocks"]
-        if len(batch.block_table) > len(table):
-            raise LocalError(f"a batch of {len(batch.block_table)} blocks, {len(table)} is the most")
-        table[: len(batch.block_table)] = batch.block_table
-        self._tables.upload()
-        settings = columns((s.params, s.seed) for s in sequences)
-        settings["counts_row"] = self._count_rows(sequences)
-        sources = [rows_before.get(s, NO_ROW) for s in sequences]
-        known = [0 if source >= 0 else s.output_token_ids[-1] for s, source in zip(sequences, sources, strict=True)]
+        graph = self._graph_for(num_rows, tuple(FORMAT_NAMES[code] for code in codes))
+        sequences, rows_before = batch.sequences, {} if before is None else before.rows
+        sources = np.array([rows_before.get(s, NO_ROW) for s in sequences], np.int64)
+        stay, new = sources >= 0, (sources < 0).nonzero()[0].tolist()
+        settings = np.empty(len(batch), SETTINGS)
+        if before is not None:
+            settings[stay] = before.settings[sources[stay]]
+        settings[new] = settings_of((sequences[row].params, sequences[row].seed) for row in new)
+        settings["counts_row"] = self._count_rows(sequences, settings["is_penalized"])
+        self._bring_constants(batch, settings, {row: sequences[row].output_token_ids[-1] for row in new})
         return Members(
             batch,
-            tuple(FORMAT_NAMES[code] for code in codes),
             {sequence: row for row, sequence in enumerate(sequences)},
-            np.array(sources, np.int64),
-            np.array(known, np.int64),
-            np.array([s.num_tail_tokens + 1 for s in sequences], np.int64),
+            num_rows,
+            graph,
             settings,
-            [(row, s) for row, s in enumerate(sequences) if s.params.forced_token_ids],
-            [row for row, s in enumerate(sequences) if wants_logits(s.params)],
+            sources,
+            [(row, sequences[row]) for row in settings["is_forced"].nonzero()[0].tolist()],
+            settings["is_described"].nonzero()[0].tolist(),
+            self._plan(batch, num_rows),
         )
 
-    def _count_rows(self, sequences: Sequence[DecodeSequence]) -> np.ndarray:
+    def _bring_constants(self, batch: DecodeBatch, settings: np.ndarray, known: dict[int, int]) -> None:
+        """What the members' steps have in common; ``known`` are newest tokens that no step has drawn, by row."""
+        arrays, size, num_blocks = self._constants.next_turn(), len(batch), len(batch.block_table)
+        if num_blocks > len(arrays["blocks"]):
+            raise LocalError(f"a batch of {num_blocks} blocks, {len(arrays['blocks'])} is the most")
+        for name in CONSTANT_COLUMNS:
+            arrays[name][:size] = settings[name]
+        arrays["token_ids"][list(known)] = list(known.values())
+        self._fill_constant_padding(arrays, size)
+        arrays["blocks"][:num_blocks] = batch.block_table
+        self._constants.upload(up_to=("blocks", num_blocks))
+
+    def _fill_constant_padding(self, arrays: dict[str, np.ndarray], first: int) -> None:
+        arrays["token_ids"][first:] = 0
+        arrays["temperature"][first:] = 0
+        arrays["counts_row"][first:] = NO_ROW
+
+    def _count_rows(self, sequences: Sequence[DecodeSequence], is_penalized: np.ndarray) -> np.ndarray:
         """A row of the counts for each sequence under penalties: its own as long as it is in the batch."""
-        kept = {s: self._counted[s] for s in sequences if s in self._counted}
-        free = iter(sorted(set(range(len(self._counts))) - set(kept.values())))
-        for sequence in sequences:
-            if sequence.params.penalized and sequence not in kept:
-                kept[sequence] = row = next(free)
+        count_rows = np.full(len(sequences), NO_ROW, np.int32)
+        penalized = is_penalized.nonzero()[0].tolist()
+        kept = {s: self._counted[s] for s in map(sequences.__getitem__, penalized) if s in self._counted}
+        free = iter(sorted(set(range(len(self._counts))) - set(kept.values())) if penalized else ())
+        for row in penalized:
+            sequence = sequences[row]
+            if sequence not in kept:
+                kept[sequence] = next(free)
                 prompt, output = (
                     token_tensor(ids, self._device) for ids in (sequence.prompt_token_ids, sequence.output_token_ids)
                 )
-                reset_counts(self._counts, row, prompt, output)
+                reset_counts(self._counts, kept[sequence], prompt, output)
+            count_rows[row] = kept[sequence]
         self._counted = kept
-        return np.array([kept.get(s, NO_ROW) for s in sequences], np.int32)
+        return count_rows
 
-    def _fill(self, members: Members, num_rows: int) -> None:
-        """This step's arrays on the host; rows beyond the batch are padding that touches nothing."""
-        batch, arrays, size = members.batch, self._inputs.next_turn(), len(members.batch)
-        arrays["sources"][:size] = members.sources
-        arrays["token_ids"][:size] = members.token_ids
-        arrays["positions"][:size] = batch.positions
-        arrays["tail_slots"][:size], arrays["tail_offsets"][:size] = batch.tail_places
-        for name, column in members.columns.items():
-            arrays[name][:size] = column
-        arrays["index"][:size] = members.index
-        arrays["forced"][:size] = NO_ROW
-        for row, sequence in members.forced:
-            arrays["forced"][row] = forced_token(sequence.params, int(members.index[row]))
-        self._fill_padding(arrays, size, num_rows)
-        capacity = self._capacity(num_rows)
+    def _plan(self, batch: DecodeBatch, num_rows: int) -> Plan:
         item_tokens = item_tokens_for(
             batch.segments, self.model.config.num_kv_heads, self._num_multiprocessors, self._resident
         )
-        items, seq_items = split_items(batch.seq_segments, batch.segments, item_tokens, capacity)
-        arrays["items"][:capacity] = items
+        return Plan(*split_items(batch.seq_segments, batch.segments, item_tokens, self._capacity(num_rows)))
+
+    def _fill(self, members: Members) -> None:
+        """This step's arrays on the host; rows beyond the batch are padding that touches nothing."""
+        batch, arrays, size = members.batch, self._inputs.next_turn(), len(members.batch)
+        arrays["positions"][:size] = batch.positions
+        arrays["sources"][:size] = members.sources
+        arrays["tail_slots"][:size], arrays["tail_offsets"][:size] = batch.tail_places
+        arrays["index"][:size] = batch.tail_lens  # of the token to draw: the prefill node's was number 0
+        arrays["forced"][:size] = NO_ROW
+        for row, sequence in members.forced:
+            arrays["forced"][row] = forced_token(sequence.params, int(batch.tail_lens[row]))
+        self._fill_padding(arrays, size, members.num_rows)
+        if not members.plan.num_steps_left:
+            members.plan = self._plan(batch, members.num_rows)
+        items, seq_items = members.plan.items, members.plan.seq_items
+        arrays["items"][: len(items)] = items
         arrays["seq_items"][: size + 1] = seq_items
-        arrays["seq_items"][size + 1 : num_rows + 1] = seq_items[-1]
+        arrays["seq_items"][size + 1 : members.num_rows + 1] = seq_items[-1]
 
     def _fill_padding(self, arrays: dict[str, np.ndarray], first: int, end: int) -> None:
-        for name in ("token_ids", "positions", "tail_offsets", "temperature", "index"):
+        for name in ("positions", "tail_offsets", "index"):
             arrays[name][first:end] = 0
-        for name in ("sources", "tail_slots", "counts_row", "forced"):
+        for name in ("sources", "tail_slots", "forced"):
             arrays[name][first:end] = NO_ROW
 
     # --- graphs ---
@@ -281,6 +325,8 @@ class CudaDecode:
         arrays["items"][:] = EMPTY
         arrays["seq_items"][:] = 0
         self._inputs.upload()
+        self._fill_constant_padding(self._constants.next_turn(), 0)
+        self._constants.upload()
         self._forward(num_rows, formats)  # compiles kernels, and lets libraries choose theirs
         self._stream.synchronize()
         graph = captured(lambda: self._forward(num_rows, formats), self._pool)
@@ -289,7 +335,7 @@ class CudaDecode:
 
     def _forward(self, num_rows: int, formats: tuple[str, ...]) -> None:
         """Feed each row's newest token, append its KV to the tail, attend over all segments, sample."""
-        arrays, outputs = self._inputs.on_device, self._outputs.on_device
+        arrays, outputs = self._on_device, self._outputs.on_device
         sources, bad_rows = arrays["sources"][:num_rows], outputs["bad_rows"][:num_rows]
         newest = outputs["token_ids"].index_select(0, sources.clamp(min=0))
         token_ids = torch.where(sources >= 0, newest, arrays["token_ids"][:num_rows])
@@ -308,7 +354,7 @@ class CudaDecode:
         count_tokens(self._counts, sampling.counts_row, drawn)
 
     def _attend(self, layer_id: int, rows: Projected, num_rows: int, formats: tuple[str, ...]) -> Tensor:
-        config, arrays = self.model.config, self._inputs.on_device
+        config, arrays = self.model.config, self._on_device
         slots, capacity = self.arena.layer(layer_id), self._capacity(num_rows)
         norm_rope_append(
             rows.product, rows.q_norm, rows.k_norm, rows.angles.table, rows.angles.positions,
@@ -320,7 +366,7 @@ class CudaDecode:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         values, stats = self._partials
         paged_decode_attention(
-            q, slots, arrays["items"][:capacity], arrays["seq_items"][: num_rows + 1], self._tables.on_device["blocks"],
+            q, slots, arrays["items"][:capacity], arrays["seq_items"][: num_rows + 1], arrays["blocks"],
             out, values[:capacity], stats[:capacity], config.head_dim**-0.5, config.num_kv_heads, formats,
         )  # fmt: skip
         return out

@@ -3,7 +3,6 @@
 Only a token and its raw logit come back to the host; whole rows of logits only for who asked for logprobs or logits.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -13,30 +12,42 @@ from torch import Tensor
 from hmad.compute.cuda_buffers import Field
 from hmad.compute.device import Outcome
 from hmad.compute.sampler import SamplerInput, describe, non_finite
+from hmad.compute.sequence import DecodeSequence
 from hmad.facts.sampling import SampledToken, SamplingParams
 from hmad_kernels.triton_sampling import DTYPES, DeviceSampling, reset_counts, sample_rows
 
 NO_ROW = -1  # of the counts: no penalties; of forced: none
 
+STEP_COLUMNS = ("index", "forced")  # that change from step to step
+CONSTANT_COLUMNS = tuple(name for name in DTYPES if name not in STEP_COLUMNS)
+# The columns of a row that stay the same, and what else the host wants to know of it at a glance.
+SETTINGS = np.dtype(
+    [
+        ("temperature", "f8"), ("top_k", "i4"), ("top_p", "f8"), ("min_p", "f8"),
+        ("repetition", "f8"), ("frequency", "f8"), ("presence", "f8"),
+        ("seed", "i8"), ("counts_row", "i4"), ("is_penalized", "?"), ("is_forced", "?"), ("is_described", "?"),
+    ]
+)  # fmt: skip
 
-def sampling_fields(num_rows: int) -> dict[str, Field]:
-    """The columns as arrays of a bundle."""
-    return {name: Field(dtype, (num_rows,)) for name, dtype in DTYPES.items()}
+
+def sampling_fields(names: Iterable[str], num_rows: int) -> dict[str, Field]:
+    """Columns as arrays of a bundle."""
+    return {name: Field(DTYPES[name], (num_rows,)) for name in names}
 
 
-def columns(rows: Iterable[tuple[SamplingParams, int]]) -> dict[str, np.ndarray]:
-    """The columns of (parameters, seed) of each row, but for those that change from step to step."""
-    params, seeds = zip(*rows, strict=True)
-    return {
-        "temperature": np.array([p.temperature for p in params]),
-        "top_k": np.array([p.top_k for p in params], np.int32),
-        "top_p": np.array([p.top_p for p in params]),
-        "min_p": np.array([p.min_p for p in params]),
-        "repetition": np.array([p.repetition_penalty for p in params]),
-        "frequency": np.array([p.frequency_penalty for p in params]),
-        "presence": np.array([p.presence_penalty for p in params]),
-        "seed": np.array(seeds, np.uint64).view(np.int64),
-    }
+def settings_of(rows: Iterable[tuple[SamplingParams, int]]) -> np.ndarray:
+    """SETTINGS of (parameters, seed) of each row; they have no row of the counts yet."""
+    return np.array(
+        [
+            (
+                p.temperature, p.top_k, p.top_p, p.min_p,
+                p.repetition_penalty, p.frequency_penalty, p.presence_penalty,
+                np.uint64(seed).view(np.int64), NO_ROW, p.penalized, bool(p.forced_token_ids), wants_logits(p),
+            )
+            for p, seed in rows
+        ],
+        SETTINGS,
+    )  # fmt: skip
 
 
 def forced_token(params: SamplingParams, index: int) -> int:
@@ -49,11 +60,21 @@ def device_sampling(arrays: Mapping[str, Tensor], num_rows: int) -> DeviceSampli
     return DeviceSampling(**{name: arrays[name][:num_rows] for name in DTYPES})
 
 
-def outcome(params: SamplingParams, index: int, token_id: int, top: float, raw: np.ndarray | None) -> Outcome:
-    """What the device has drawn; ``raw`` float32 [vocab] is there where the row's request asks for it."""
-    if not math.isfinite(top):
-        return non_finite(np.float32(top), index)
-    return SampledToken(token_id) if raw is None else describe(raw, params, token_id)
+def outcomes_of(
+    rows: Sequence[DecodeSequence | SamplerInput],
+    index: np.ndarray,
+    token_ids: np.ndarray,
+    tops: np.ndarray,
+    raw: Mapping[int, np.ndarray],
+) -> list[Outcome]:
+    """What the device has drawn; ``raw`` float32 [vocab] is there, by row, where the row's request asks for it."""
+    outcomes: list[Outcome] = list(map(SampledToken, token_ids.tolist()))
+    unsound = (~np.isfinite(tops)).nonzero()[0].tolist()
+    for row in raw.keys() - unsound:
+        outcomes[row] = describe(raw[row], rows[row].params, int(token_ids[row]))
+    for row in unsound:
+        outcomes[row] = non_finite(tops[row], int(index[row]))
+    return outcomes
 
 
 def wants_logits(params: SamplingParams) -> bool:
@@ -64,12 +85,12 @@ def wants_logits(params: SamplingParams) -> bool:
 def sample_once(logits: Tensor, rows: Sequence[SamplerInput]) -> list[Outcome]:
     """One token per row of float32 logits [N, vocab]. Waits for the device."""
     device, num_rows = logits.device, len(rows)
-    arrays = columns((row.params, row.seed) for row in rows)
+    settings = settings_of((row.params, row.seed) for row in rows)
+    penalized = settings["is_penalized"].nonzero()[0].tolist()
+    settings["counts_row"][penalized] = np.arange(len(penalized))
+    arrays = {name: settings[name].copy() for name in CONSTANT_COLUMNS}
     arrays["index"] = np.array([row.index for row in rows], np.int64)
     arrays["forced"] = np.array([forced_token(row.params, row.index) for row in rows], np.int64)
-    penalized = [i for i, row in enumerate(rows) if row.params.penalized]
-    arrays["counts_row"] = np.full(num_rows, NO_ROW, np.int32)
-    arrays["counts_row"][penalized] = np.arange(len(penalized))
     counts = torch.zeros((max(1, len(penalized)), logits.shape[1]), dtype=torch.int32, device=device)
     for number, i in enumerate(penalized):
         reset_counts(
@@ -79,11 +100,8 @@ def sample_once(logits: Tensor, rows: Sequence[SamplerInput]) -> list[Outcome]:
     tokens = torch.empty(num_rows, dtype=torch.int64, device=device)
     tops = torch.empty(num_rows, dtype=torch.float32, device=device)
     sample_rows(logits, device_sampling(on_device, num_rows), counts, tokens, tops)
-    drawn = zip(rows, tokens.tolist(), tops.tolist(), logits, strict=True)
-    return [
-        outcome(row.params, row.index, token_id, top, raw.cpu().numpy() if wants_logits(row.params) else None)
-        for row, token_id, top, raw in drawn
-    ]
+    raw = {row: logits[row].cpu().numpy() for row in settings["is_described"].nonzero()[0].tolist()}
+    return outcomes_of(rows, arrays["index"], tokens.cpu().numpy(), tops.cpu().numpy(), raw)
 
 
 def token_tensor(token_ids: Sequence[int] | np.ndarray, device: torch.device) -> Tensor:

@@ -1,11 +1,14 @@
 """A sequence as the engines see it: where its KV lies and what has been generated."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
-from hmad.facts.formats import KVFormat
+from hmad.facts.formats import FORMATS, KVFormat
 from hmad.facts.sampling import SamplingParams
+
+FORMAT_CODE = {name: code for code, name in enumerate(FORMATS)}
 
 
 @dataclass(frozen=True)
@@ -34,19 +37,26 @@ class DecodeSequence:
     output_token_ids: list[int] = field(default_factory=list)  # the first is the prefill node's
     num_tail_tokens: int = 0
 
-    @property
-    def num_prefix_tokens(self) -> int:
-        return sum(segment.num_tokens for segment in self.prefix)
+    @cached_property
+    def segments(self) -> np.ndarray:
+        """int32 [num_segments, 3]: format code, num_tokens, first index into ``block_table``. The tail comes last, and
+        its tokens are not counted here.
+        """
+        rows, first = [], 0
+        for segment in self.prefix:
+            rows.append((FORMAT_CODE[segment.format.name], segment.num_tokens, first))
+            first += len(segment.slots)
+        return np.array([*rows, (FORMAT_CODE[self.tail_format.name], 0, first)], np.int32)
 
-    @property
-    def num_steps_left(self) -> int:
-        """Steps until the longest answer."""
-        return tail_tokens(self.params) - self.num_tail_tokens
+    @cached_property
+    def block_table(self) -> np.ndarray:
+        """int32 [n]: the slots of all segments, in order."""
+        return np.concatenate([*(segment.slots for segment in self.prefix), self.tail_slots]).astype(np.int32)
 
-    @property
-    def context_len(self) -> int:
-        """Positions whose KV is stored."""
-        return self.num_prefix_tokens + self.num_tail_tokens
+    @cached_property
+    def num_steps(self) -> int:
+        """Steps that the longest answer takes: each leaves one more token in the tail."""
+        return tail_tokens(self.params)
 
 
 def tail_tokens(params: SamplingParams) -> int:

@@ -45,9 +45,11 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]  # (token id, logprob), best first
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class SampledToken:
-    """One token of one choice, with what was asked for about it."""
+    """One token of one choice, with what was asked for about it. Not frozen, as every step makes one for each sequence:
+    that would take six times as long.
+    """
 
     token_id: int
     logprobs: TokenLogprobs | None = None

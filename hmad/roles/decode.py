@@ -6,13 +6,14 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 
 from hmad.compute.arena import Arena
 from hmad.compute.landing import Landing, Lane
 from hmad.compute.sequence import DecodeSequence, Segment, tail_tokens
-from hmad.facts.errors import HmadError, NonFiniteKVError, NonFiniteLogitsError, RemoteProtocolError
+from hmad.facts.errors import HmadError, LocalError, NonFiniteKVError, NonFiniteLogitsError, RemoteProtocolError
 from hmad.facts.formats import FORMATS, KVFormat
 from hmad.facts.logs import get_logger
 from hmad.facts.sampling import SamplingParams
@@ -60,6 +61,9 @@ class Holding:
         return [self.raw_slots, *self.tail_slots]
 
 
+Owner: TypeAlias = tuple[DecodeTransfer, Holding, int]  # of a sequence; it is this choice of the transfer
+
+
 @dataclass(frozen=True)
 class DecodeCounters:
     """Who counts what happens on this node."""
@@ -89,7 +93,8 @@ class DecodeRole:
         self._tail_format = tail_format
         self._max_model_len = max_model_len
         self._holdings: dict[DecodeTransfer, Holding] = {}
-        self._of_sequence: dict[DecodeSequence, tuple[DecodeTransfer, int]] = {}
+        self._num_choices = 0  # of all holdings
+        self._owners: dict[DecodeSequence, Owner] = {}
         self._loop = asyncio.get_running_loop()
         self.engine: DecodeEngine
         self.num_tokens = 0
@@ -183,7 +188,7 @@ class DecodeRole:
             return
         holding.running = {choice.index: self._sequence(holding, choice) for choice in commit.choices}
         for choice, sequence in holding.running.items():
-            self._of_sequence[sequence] = (transfer, choice)
+            self._owners[sequence] = (transfer, holding, choice)
         self._note_rate(holding, transfer.last_landed_s)
         # First the batch: a choice that was cancelled meanwhile can only be dropped from where it is.
         self.engine.join_batch(holding.running.values())
@@ -222,10 +227,6 @@ class DecodeRole:
             return f"{needed} slots are needed, the whole arena has {self.arena.num_slots}: raise --arena-bytes"
         return None
 
-    @property
-    def _num_choices(self) -> int:
-        return sum(len(holding.tail_slots) for holding in self._holdings.values())
-
     def _too_far_ahead(self, num_choices: int) -> bool:
         """Whether these would stand in line here: beyond the batch, only as many as keep it full while others arrive.
 
@@ -248,6 +249,7 @@ class DecodeRole:
         tails = [self.arena.reserve(per_choice) for _ in range(message.num_choices)]
         self._empty.clear()
         self._holdings[transfer] = Holding(session, prompt_token_ids, params, fmt, raw, tails)
+        self._num_choices += len(tails)
 
     def _note_rate(self, holding: Holding, landed_s: float) -> None:
         if holding.landing_since_s is not None and landed_s > holding.landing_since_s:
@@ -270,13 +272,12 @@ class DecodeRole:
         by_session: dict[DecodeSession, list[tuple[TokenEntry, bytes]]] = defaultdict(list)
         for output in outputs:  # first of all: a failed choice ends its transfer, and no token of it may follow
             if output.error is not None:
-                transfer, _ = self._of_sequence[output.sequence]
-                self._fail(transfer, self._holdings[transfer], output.error)
+                transfer, holding, _ = self._owners[output.sequence]
+                self._fail(transfer, holding, output.error)
         for output in outputs:
-            transfer, choice = self._of_sequence[output.sequence]
-            session = self._holdings[transfer].session
-            if not transfer.over and session.is_open:
-                by_session[session].append(self._entry(transfer, choice, output))
+            transfer, holding, choice = self._owners[output.sequence]
+            if not transfer.over and holding.session.is_open:
+                by_session[holding.session].append(entry_of(transfer, choice, output))
         num_tokens = sum(len(entries) for entries in by_session.values())
         self.num_tokens += num_tokens
         self._counters.sent_tokens(num_tokens)
@@ -284,18 +285,6 @@ class DecodeRole:
             self._leave_engine(sequence)
         for session, entries in by_session.items():
             session.send_tokens(entries)
-
-    def _entry(self, transfer: DecodeTransfer, choice: int, output: StepOutput) -> tuple[TokenEntry, bytes]:
-        extras = pack_extras(output.token) if output.token else b""
-        entry = TokenEntry(
-            transfer_id=transfer.transfer_id,
-            choice=choice,
-            index=output.index,
-            token_id=output.token.token_id if output.token else None,
-            finish_reason=FinishReason(output.finish_reason) if output.finish_reason else None,
-            payload_bytes=len(extras),
-        )
-        return entry, extras
 
     def _fail(self, transfer: DecodeTransfer, holding: Holding, error: HmadError) -> None:
         """One choice cannot go on, so the request cannot: end the transfer, and with it the other choices."""
@@ -310,8 +299,8 @@ class DecodeRole:
 
     def _leave_engine(self, sequence: DecodeSequence) -> None:
         """No step reads or writes its slots any more."""
-        transfer, choice = self._of_sequence.pop(sequence)
-        del self._holdings[transfer].running[choice]
+        transfer, holding, choice = self._owners.pop(sequence)
+        del holding.running[choice]
         self._free_if_unused(transfer)
 
     def _free_if_unused(self, transfer: DecodeTransfer) -> None:
@@ -319,6 +308,7 @@ class DecodeRole:
         if not holding.released or holding.running:
             return
         del self._holdings[transfer]
+        self._num_choices -= len(holding.tail_slots)
         for slots in holding.all_slots:
             self.arena.release(slots)
         if not self._holdings:
@@ -328,4 +318,21 @@ class DecodeRole:
 
     def check_integrity(self) -> None:
         """Raise LocalError unless the arena's reference counts are exactly those of what we hold."""
+        num_choices = sum(len(holding.tail_slots) for holding in self._holdings.values())
+        if num_choices != self._num_choices:
+            raise LocalError(f"{self._num_choices} choices are counted, {num_choices} are held")
         self.arena.check_integrity(slots for holding in self._holdings.values() for slots in holding.all_slots)
+
+
+def entry_of(transfer: DecodeTransfer, choice: int, output: StepOutput) -> tuple[TokenEntry, bytes]:
+    """What the prefill node is told of one choice, and the bytes that go with it. By position: this is done for every
+    token, and keywords take half as long again.
+    """
+    token, reason = output.token, output.finish_reason
+    finish_reason = None if reason is None else FinishReason(reason)
+    if token is None:
+        return TokenEntry(transfer.transfer_id, choice, output.index, None, finish_reason), b""
+    if token.logprobs is None and token.logits is None:
+        return TokenEntry(transfer.transfer_id, choice, output.index, token.token_id, finish_reason), b""
+    extras = pack_extras(token)
+    return TokenEntry(transfer.transfer_id, choice, output.index, token.token_id, finish_reason, len(extras)), extras

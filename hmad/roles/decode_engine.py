@@ -4,6 +4,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from hmad.compute.batch import DecodeBatch
 from hmad.compute.device import DecodeDevice, Outcome
 from hmad.compute.sampler import finish_reason
@@ -16,8 +18,7 @@ from hmad.roles.engine import Engine, as_local
 log = get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class StepOutput:
+class StepOutput(msgspec.Struct, frozen=True, eq=False):
     """What a step, or a drop, means for one sequence: a new token, its end, or both."""
 
     sequence: DecodeSequence
@@ -58,7 +59,8 @@ class DecodeEngine(Engine):
         self._deliver = deliver
         self._waiting: deque[DecodeSequence] = deque()
         self._dropping: set[DecodeSequence] = set()
-        self._batch = DecodeBatch([])
+        self._members: list[DecodeSequence] = []  # of the next step
+        self._batch = DecodeBatch([])  # of the last one that was launched
         self._in_flight: LaunchedStep | None = None
         self._done: LaunchedStep | None = None  # to be collected
         self._ended: dict[DecodeSequence, None] = {}  # in the step in flight all the same; in order
@@ -79,19 +81,19 @@ class DecodeEngine(Engine):
 
     @property
     def num_running(self) -> int:
-        return len(self._batch)
+        return len(self._members)
 
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 
     def _has_work(self) -> bool:
-        return bool(self._waiting or self._dropping or self._batch.sequences or self._in_flight)
+        return bool(self._waiting or self._dropping or self._members or self._in_flight)
 
     def _work(self) -> None:
         """Compose and launch the next step; then take what the device has done."""
         self._report(self._compose())
-        launched = self._launch() if self._batch.sequences else None
+        launched = self._launch() if self._members else None
         if self._device.runs_ahead:
             self._done, self._in_flight = self._in_flight, launched
         else:
@@ -102,19 +104,23 @@ class DecodeEngine(Engine):
             self._report(outputs)
 
     def _compose(self) -> list[StepOutput]:
-        """Take what joined and what is to be dropped; rebuild the batch only when its members change."""
+        """Take what joined and what is to be dropped, and let those go that have had their last step."""
         with self._wake:
+            joins = self._waiting and len(self._members) < self.max_batch_size
+            if not (joins or self._dropping) and self._batch.num_steps_left:
+                return []  # as before nearly every step
             dropping, self._dropping = self._dropping, set()
-            present = [*self._batch.sequences, *self._waiting]
+            dropped = [s for s in (*self._members, *self._waiting) if s in dropping]
             self._waiting = deque(s for s in self._waiting if s not in dropping)
-            members = [s for s in self._batch.sequences if s not in dropping and s.num_steps_left]
-            while self._waiting and len(members) < self.max_batch_size:
-                members.append(self._waiting.popleft())
-        if members != self._batch.sequences:
-            self._batch = DecodeBatch(members)
-        return [StepOutput(s, len(s.output_token_ids), None, "cancelled") for s in present if s in dropping]
+            self._members = [s for s in self._members if s not in dropping and s.num_tail_tokens < s.num_steps]
+            while self._waiting and len(self._members) < self.max_batch_size:
+                self._members.append(self._waiting.popleft())
+        self._ended |= dict.fromkeys(dropped)
+        return [StepOutput(s, len(s.output_token_ids), None, "cancelled") for s in dropped]
 
     def _launch(self) -> LaunchedStep:
+        if self._members != self._batch.sequences:
+            self._batch = DecodeBatch(self._members)
         self._begin(len(self._batch))
         try:
             outcomes = self._device.launch(self._batch)
@@ -142,27 +148,34 @@ class DecodeEngine(Engine):
     def _output(self, sequence: DecodeSequence, outcome: Outcome) -> StepOutput:
         index = len(sequence.output_token_ids)
         if isinstance(outcome, HmadError):
+            self._ended[sequence] = None
             return StepOutput(sequence, index, None, None, outcome)
         sequence.output_token_ids.append(outcome.token_id)
-        return StepOutput(sequence, index, outcome, finish_reason(outcome.token_id, index, sequence.params))
+        reason = finish_reason(outcome.token_id, index, sequence.params)
+        if reason is not None:
+            self._ended[sequence] = None
+        return StepOutput(sequence, index, outcome, reason)
 
     def _report(self, outputs: list[StepOutput]) -> None:
-        """Tell what became of sequences, and let go of those that ended and are in no step any more."""
-        self._ended |= dict.fromkeys(output.sequence for output in outputs if output.ends)
-        in_flight = set(self._in_flight.sequences) if self._in_flight else set()
-        left = [sequence for sequence in self._ended if sequence not in in_flight]
-        if any(sequence in self._ended for sequence in self._batch.sequences):
-            self._batch = DecodeBatch([s for s in self._batch.sequences if s not in self._ended])
-        for sequence in left:
-            del self._ended[sequence]
+        """Tell what became of sequences, and which of those that ended are in no step any more."""
+        left = self._let_go() if self._ended else []
         if outputs or left:
             self._deliver(outputs, left)
+
+    def _let_go(self) -> list[DecodeSequence]:
+        """What has ended is in no further step; and no longer ours, once it is in none."""
+        in_flight = set(self._in_flight.sequences) if self._in_flight else set()
+        self._members = [sequence for sequence in self._members if sequence not in self._ended]
+        left = [sequence for sequence in self._ended if sequence not in in_flight]
+        for sequence in left:
+            del self._ended[sequence]
+        return left
 
     def _abandon(self, error: LocalError) -> None:
         with self._wake:
             launched = [s for step in (self._done, self._in_flight) if step for s in step.sequences]
-            there = dict.fromkeys([*launched, *self._batch.sequences, *self._waiting, *self._ended])
-            self._batch, self._waiting, self._done, self._in_flight = DecodeBatch([]), deque(), None, None
+            there = dict.fromkeys([*launched, *self._members, *self._waiting, *self._ended])
+            self._members, self._waiting, self._done, self._in_flight = [], deque(), None, None
             failed = [s for s in there if s not in self._ended]
             self._ended.clear()
         self._deliver([StepOutput(s, len(s.output_token_ids), None, None, error) for s in failed], list(there))
