@@ -42,7 +42,8 @@ from hmad.transport.rate import MAX_LATENESS_S, Pacer
 from hmad.wire import messages as m
 from hmad.wire.frames import FrameReader, FrameWriter, encode_frame
 from hmad.wire.handshake import NodeIdentity, PrefillHandshake
-from hmad.wire.transfers import PrefillTransfers, root_digest
+from hmad.wire.prefill_transfers import PrefillTransfers
+from hmad.wire.transfers import root_digest
 
 HOST = "127.0.0.1"
 GEOMETRY = KVGeometry(num_layers=3, num_kv_heads=4, head_dim=64)
