@@ -147,6 +147,18 @@ async def test_a_peer_that_closes_ends_the_thread() -> None:
         await until(lambda: not receiver._thread.is_alive())
 
 
+async def test_a_receiver_without_a_thread_says_that_it_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system may have none left; whoever waits for the end of this one must not wait for ever."""
+
+    def no_thread(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    async with receiving() as (handler, receiver, _):
+        await asyncio.wait_for(asyncio.shield(receiver.ended), PATIENCE_S)
+        assert str(handler.error) == "can't start new thread"
+
+
 def test_a_lane_that_is_not_free_says_so() -> None:
     geometry = KVGeometry(1, 2, 64)
     arena = Arena(geometry, 4 * geometry.slot_bytes)

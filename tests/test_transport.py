@@ -606,6 +606,40 @@ async def test_a_peer_that_resets_ends_the_sender_with_an_error() -> None:
         await until(lambda: not bulk._thread.is_alive())
 
 
+async def test_a_report_that_fails_ends_the_sender_and_keeps_no_other_from_being_heard() -> None:
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    async with stalled_socket() as (sock, reader):
+        reader.close()
+        bulk = BulkSender(sock, Pacer(None))
+        sender = asyncio.create_task(bulk.run())
+        returned: list[int] = []
+        for number in range(2):
+            layer = m.Layer(bytes(16), 0, number, 0, 1, 0, 4, bytes(16))
+            bulk.put(OutgoingLayer(layer, memoryview(bytes(64)), fail, partial(returned.append, number)))
+        await asyncio.sleep(0)
+        while bulk._thread.is_alive():  # all that it has to report waits for a loop that is late
+            bulk._queue.put(None)
+            bulk._thread.join(PATIENCE_S)
+        with pytest.raises(ZeroDivisionError):
+            await asyncio.wait_for(sender, PATIENCE_S)
+        assert (sorted(returned), bulk.backlog) == ([0, 1], 0)
+
+
+async def test_a_sender_that_is_cancelled_twice_still_ends() -> None:
+    async with stalled_socket() as (sock, _):
+        bulk = BulkSender(sock, Pacer(None))
+        sender = asyncio.create_task(bulk.run())
+        await asyncio.sleep(0.01)
+        sender.cancel()
+        await asyncio.sleep(0)
+        sender.cancel()
+        await asyncio.wait([sender], timeout=PATIENCE_S)
+        await until(bulk._ended.done)
+        assert bulk._ended.result() is None
+
+
 class PlayedSession:
     """Carries one lease; the test is the thread that sends."""
 

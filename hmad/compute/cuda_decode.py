@@ -166,10 +166,10 @@ class CudaDecode:
 
     def launch(self, batch: DecodeBatch) -> Callable[[], Sequence[Outcome]]:
         with fatal_faults(), torch.inference_mode(), torch.cuda.stream(self._stream):
-            members = self._members
-            if members is None or members.batch is not batch:
-                members = self._adopt(batch, members)
             try:
+                members = self._members
+                if members is None or members.batch is not batch:
+                    members = self._adopt(batch, members)
                 outcomes = self._replay(members)
             except Exception:
                 self._stream.synchronize()  # nobody else will wait for what was begun

@@ -107,7 +107,7 @@ class DecodeEngine(Engine):
         """Take what joined and what is to be dropped, and let those go that have had their last step."""
         with self._wake:
             joins = self._waiting and len(self._members) < self.max_batch_size
-            if not (joins or self._dropping) and self._batch.num_steps_left:
+            if not (joins or self._dropping) and self._batch.num_steps_left > 0:
                 return []  # as before nearly every step
             dropping, self._dropping = self._dropping, set()
             dropped = [s for s in (*self._members, *self._waiting) if s in dropping]

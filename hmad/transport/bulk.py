@@ -61,6 +61,7 @@ class BulkSender:
         self._loop = asyncio.get_running_loop()
         self._reports: deque[Callable[[], None]] = deque()
         self._report_is_due = False
+        self._bug: Exception | None = None  # of a report
         self._closing = threading.Event()
         self._ended: asyncio.Future[Exception | None] = self._loop.create_future()
         self._thread = threading.Thread(target=self._work, name="bulk-sender", daemon=True)
@@ -81,7 +82,7 @@ class BulkSender:
             await asyncio.wait([self._ended])
         finally:
             self.close()
-            error = await self._ended
+            error = await asyncio.shield(self._ended)  # whoever is cancelled twice must not take the end from others
         if error is not None:
             raise error
 
@@ -155,7 +156,13 @@ class BulkSender:
     def _take_reports(self) -> None:
         self._report_is_due = False  # first: what is appended from here on wakes the loop again
         while self._reports:
-            self._reports.popleft()()
+            event = self._reports.popleft()
+            try:
+                event()
+            except Exception as bug:  # the reports behind it must be heard all the same; then the session ends
+                log.exception("a report of sent KV failed")
+                self._bug = self._bug or bug
+                self.close()
 
     def _sent(self, layer: OutgoingLayer) -> None:
         """The kernel has all of it, or the connection broke."""
@@ -172,11 +179,13 @@ class BulkSender:
         """The thread is through with the socket and with all payloads."""
         self._closing.set()
         self._sock.close()
-        while not self._queue.empty():
-            layer = self._queue.get()
-            if layer is not None:
-                self._give_back(layer)
-        self._ended.set_result(error)
+        try:
+            while not self._queue.empty():
+                layer = self._queue.get()
+                if layer is not None:
+                    self._give_back(layer)
+        finally:
+            self._ended.set_result(self._bug or error)
 
 
 def send_together(sock: socket.socket, *parts: bytes | memoryview) -> None:

@@ -64,12 +64,16 @@ class BulkReceiver:
         self._question: tuple[Layer, int] | None = None  # that waits for room
         self._waits_for_answer = False
         self._error: Exception | None = None  # why it was stopped
-        self.heard_s = time.monotonic()  # when the last bytes came, or were let in
+        self._heard_s = time.monotonic()  # when the last bytes came, or were let in
         self.ended: asyncio.Future[None] = self._loop.create_future()
         self._thread = threading.Thread(target=self._work, name="bulk-receiver", daemon=True)
 
     def start(self) -> None:
-        self._thread.start()
+        """Begin to receive. If the system has no thread left, ``receiver_ended`` says so."""
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            self._loop.call_soon(self._end, error)
 
     # --- the loop's thread ---
 
@@ -77,6 +81,11 @@ class BulkReceiver:
     def in_frame(self) -> bool:
         """Whether the peer has begun a frame and owes the rest of it."""
         return self._reader.in_frame and not self._waits_for_answer
+
+    @property
+    def heard_s(self) -> float:
+        """When the last bytes came; while they wait for us, now."""
+        return time.monotonic() if self._waits_for_answer else self._heard_s
 
     def room_changed(self) -> None:
         """Let the LAYER that waits begin, if it may now."""
@@ -121,7 +130,7 @@ class BulkReceiver:
         self._waits_for_answer = True
         self._tell(partial(self._asked, layer, payload_bytes))
         answer = self._answers.get()
-        self.heard_s = time.monotonic()
+        self._heard_s = time.monotonic()
         self._waits_for_answer = False
         if isinstance(answer, Exception):
             raise answer
@@ -150,13 +159,13 @@ class BulkReceiver:
 
     def _advance(self, num_bytes: int) -> None:
         """So many bytes were received where the reader wanted them."""
-        self.heard_s = time.monotonic()
+        self._heard_s = time.monotonic()
         received = self._reader.advance(num_bytes)
         if received is None:
             return
         if not isinstance(received.message, Layer):
             raise RemoteProtocolError(f"{type(received.message).__name__} may not come on a bulk channel")
-        self._tell(partial(self._landed, received.digest, self.heard_s))
+        self._tell(partial(self._landed, received.digest, self._heard_s))
 
     def _tell(self, event: Callable[[], None]) -> None:
         self._loop.call_soon_threadsafe(event)

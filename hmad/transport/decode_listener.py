@@ -240,7 +240,7 @@ class AcceptedConnection:
     async def ended(self) -> None:
         """Wait until no thread receives for it."""
         if self._bulk is not None:
-            await self._bulk.receiver.ended
+            await asyncio.shield(self._bulk.receiver.ended)
 
     def show_out(self, reason: str) -> None:
         self.abort(RemoteError(reason))
@@ -276,7 +276,12 @@ class BulkChannel:
         self._accepted = accepted
         self._place: LayerPlace | None = None
         self._lane = listener.open_lane(self._lane_changed)
-        self.receiver = BulkReceiver(accepted.connection.detach(), accepted.connection.reader, self)
+        try:
+            sock = accepted.connection.detach()
+        except OSError as error:
+            self._lane.close()
+            raise RemoteProtocolError(f"this decode node has no room for one more bulk channel: {error}") from error
+        self.receiver = BulkReceiver(sock, accepted.connection.reader, self)
         self._watch = StallWatch(self.receiver, accepted.show_out)
 
     def _lane_changed(self) -> None:

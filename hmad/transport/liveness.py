@@ -45,7 +45,9 @@ class Liveness:
 class Flow(Protocol):
     """What a StallWatch sees of a connection."""
 
-    heard_s: float  # when the last byte came
+    @property
+    def heard_s(self) -> float:
+        """When the last byte came."""
 
     @property
     def in_frame(self) -> bool: ...
