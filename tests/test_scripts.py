@@ -17,7 +17,6 @@ SCRIPTS = Path(__file__).parent.parent / "scripts"
 SMALL_MODEL = ("--tokens", "32", "--rounds", "1", "--layers", "2")
 SMALLEST = {
     "bench_overlap": SMALL_MODEL,
-    "bench_prefill": SMALL_MODEL,
     "bench_decode": ("--batches", "1", "--tokens", "2", "--rounds", "1"),
     "bench_timelines": ("--rounds", "1", "--requests", "2", "--at-once", "2"),
     "bench_wire": ("--rounds", "1", "--megabytes", "1"),
@@ -25,8 +24,9 @@ SMALLEST = {
     "kv_loss": ("questions.jsonl", "--questions", "1"),
     "make_questions": ("--questions", "1", "--texts", "1", "--output", "."),
 }
-# They want a GPU, or take long at their smallest: training, a search for the peak, memory that must not grow.
-HELP_ONLY = ("bench_gpu", "bench_kernels", "bench_overload", "bench_rows", "soak", "train_checkpoint")
+# They want a GPU, or take long at their smallest: training, a search for the peak, memory that must not grow. What
+# bench_prefill does, bench_overlap does too.
+HELP_ONLY = ("bench_gpu", "bench_kernels", "bench_overload", "bench_prefill", "bench_rows", "soak", "train_checkpoint")
 TESTED_ELSEWHERE = {"demo", "fuzz", "install", "openapi", "setup", "test"}
 QUESTION = {"prompt": "one two", "answer": " three", "compare": "exact", "chat": True, "max_tokens": 2}
 

@@ -606,6 +606,24 @@ async def test_a_peer_that_resets_ends_the_sender_with_an_error() -> None:
         await until(lambda: not bulk._thread.is_alive())
 
 
+async def test_a_capped_frame_is_on_the_wire_as_long_as_the_cap_says() -> None:
+    """Also one that is a single slice, which waits for its turn and then leaves at once."""
+    rate, num_bytes = 10e6, 30_000
+    async with stalled_socket() as (sock, _):
+        pacer = Pacer(rate)
+        bulk = BulkSender(sock, pacer)
+        sender = asyncio.create_task(bulk.run())
+        layer = OutgoingLayer(
+            m.Layer(bytes(16), 0, 0, 0, 1, 0, 4, bytes(16)), memoryview(bytes(num_bytes)), ignore, ignore
+        )
+        pacer.skip_idle()
+        bulk.put(layer)
+        await until(lambda: bulk.backlog == 0)
+        assert layer.sent_s - layer.begun_s >= 0.75 * num_bytes / rate  # less what passed since the cap began to count
+        sender.cancel()
+        await asyncio.wait([sender], timeout=PATIENCE_S)
+
+
 async def test_a_report_that_fails_ends_the_sender_and_keeps_no_other_from_being_heard() -> None:
     def fail() -> None:
         raise ZeroDivisionError

@@ -124,8 +124,8 @@ class BulkSender:
             if layer.is_taken:
                 return
             pieces = self._paced(layer.payload)
+            layer.begun_s = time.monotonic()  # a slower link, which a rate cap stands for, would begin here
             first = next(pieces)
-            layer.begun_s = time.monotonic()
             if layer.take():
                 outcome = partial(self._sent, layer)
                 self._report(layer.begun)
