@@ -25,6 +25,7 @@ import triton.language as tl
 from hmad_kernels.triton_common import (
     ALIGN_BYTES,
     BF16,
+    BFP8,
     DTYPES,
     FORMAT_NAMES,
     FP8_E4M3,
@@ -42,6 +43,9 @@ from hmad_kernels.triton_common import (
     to_f32,
 )
 from hmad_kernels.triton_panels import (
+    BFP8_SCALE,
+    E4M3_CAPABILITY,
+    E4M3_PLACED_SCALE,
     k_exponents,
     k_operand,
     load_k,
@@ -58,7 +62,7 @@ RESIDENT_PROGRAMS = 8  # of a multiprocessor at once, where the compiler does no
 PROGRAMS_PER_MULTIPROCESSOR = 24  # that a plan may have: three waves of 8, two of 12
 SMALL_BATCH = 4  # whose plans have one wave of 8 or 12: programs without an item cost time as well
 SMALL_BATCH_PROGRAMS = 12
-FULL_ENOUGH = 0.95  # of the fullest last wave that any size of items gives: then larger items are better
+FULL_ENOUGH = 0.98  # of the fullest waves that any size of items gives: then larger items are better
 WARP_REGISTERS = 256  # registers are given to a warp in multiples of these
 QUARTERS, QUARTER_REGISTERS = 4, 16384  # of a multiprocessor, each with its own registers
 SHARED_BYTES_OF_A_PROGRAM = 1024  # that the system takes on top of what the program asks for
@@ -98,9 +102,8 @@ def tuning_for(format_name: str, capability: tuple[int, int] | None) -> Tuning:
         return Tuning(tokens=64, num_warps=4, num_stages=2 if capability is None else 3)
     if capability is None:
         return Tuning(tokens=32, num_warps=1, num_stages=1)
-    # Without spills: twelve programs of int8 are resident on Hopper with triton 3.6, eight of the others.
-    registers = 200 if format_name == "int8" else 255
-    return Tuning(tokens=32, num_warps=1, num_stages=1, max_registers=registers, query_rows=8)
+    # Two blocks of raw words in registers: eight programs are resident on Hopper, and read as fast as memory can.
+    return Tuning(tokens=32, num_warps=1, num_stages=1, max_registers=255, query_rows=8)
 
 
 def capability_of(device: torch.device) -> tuple[int, int] | None:
@@ -160,9 +163,11 @@ def item_tokens_for(
     least = max(-(-num_tokens // (wanted * MOST_BLOCK_TOKENS)), LEAST_ITEM_TOKENS // MOST_BLOCK_TOKENS)  # blocks
     # Twice the least leaves room for the end of every segment.
     sizes = np.unique(least + -(-np.arange(33) * least // 32)) * MOST_BLOCK_TOKENS
-    counts = np.ceil(segments[:, 1] / sizes[:, None])
-    num_items = np.maximum(counts[:, is_main].sum(axis=1), 1)
-    full = num_items / (np.ceil(num_items / wave) * wave)  # how much of its waves
+    counts = -(-segments[:, 1] // sizes[:, None])
+    even = -(-segments[:, 1] // (np.maximum(counts, 1) * MOST_BLOCK_TOKENS))  # blocks of a segment's items
+    longest = even.max(axis=1, where=is_main, initial=1)
+    waves = np.maximum(-(-counts.sum(axis=1, where=is_main) // wave), 1)
+    full = 1 / (waves * longest)  # as if every wave took as long as the longest item
     full[counts.sum(axis=1) > max(most, 2 * batch) + 2 * batch] = 0.0
     return int(sizes[full >= FULL_ENOUGH * full.max()][-1])
 
@@ -194,7 +199,7 @@ def resident_programs(
         kernel = _attend_kernel.warmup(
             dtype, torch.int32, torch.int32, torch.int32, torch.float32, torch.float32,
             1.0, num_heads * head_dim, slot_bytes // 4, num_kv_heads, num_heads // num_kv_heads,
-            **attend_constants(code, head_dim, tuned, interpreted=False), **tuned.options(), grid=(1,),
+            **attend_constants(code, head_dim, tuned, capability, interpreted=False), **tuned.options(), grid=(1,),
         )  # fmt: skip
         kernel.run  # noqa: B018 (loads it, which tells its registers)
     place = torch.cuda.get_device_properties(device)
@@ -248,7 +253,7 @@ def paged_decode_attention(
         _attend_kernel[(len(items) * num_kv_heads,)](
             q, slots.view(torch.int32), items, block_table, partial_values, partial_stats,
             sm_scale * LOG2_E, q.stride(0), slots.stride(0) // 4, num_kv_heads, group,
-            **attend_constants(code, head_dim, tuned, interpreted=interprets()), **tuned.options(),
+            **attend_constants(code, head_dim, tuned, capability, interpreted=interprets()), **tuned.options(),
         )  # fmt: skip
     _merge_kernel[(batch * num_heads,)](
         seq_items, partial_values, partial_stats, out, num_heads,
@@ -264,8 +269,10 @@ def merge_constants(head_dim: int) -> dict[str, int]:
     return {"ITEMS": MERGE_ITEMS, "HEAD_DIM": head_dim}
 
 
-def attend_constants(code: int, head_dim: int, tuning: Tuning, *, interpreted: bool) -> dict[str, int | bool]:
-    """The compile-time constants of the attention kernel."""
+def attend_constants(
+    code: int, head_dim: int, tuning: Tuning, capability: tuple[int, int] | None, *, interpreted: bool
+) -> dict[str, int | bool]:
+    """The compile-time constants of the attention kernel; ``capability`` as for tuning_for."""
     return {
         "FORMAT": code,
         "HEAD_DIM": head_dim,
@@ -275,6 +282,7 @@ def attend_constants(code: int, head_dim: int, tuning: Tuning, *, interpreted: b
         "ROWS": tuning.query_rows,
         "INTERPRETED": interpreted,
         "K_WIDTH": K_WIDTH,
+        "CAPABILITY": 0 if capability is None else 10 * capability[0] + capability[1],
     }
 
 
@@ -365,6 +373,7 @@ def _attend_kernel(
     log2_scale, q_stride, slot_words, num_kv_heads, group,
     FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, PANEL_WORDS: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, INTERPRETED: tl.constexpr, K_WIDTH: tl.constexpr,
+    CAPABILITY: tl.constexpr,
 ):  # fmt: skip
     """One item and one KV head. ``log2_scale`` is the softmax scale for exponents of two."""
     item = tl.program_id(0) // num_kv_heads
@@ -389,7 +398,7 @@ def _attend_kernel(
     else:
         peak, total = _attend_words(
             queries, rows < group, panels, table, num_tokens, log2_scale, slot_words, target,
-            FORMAT, HEAD_DIM, PANEL_WORDS, TOKENS, ROWS, K_WIDTH,
+            FORMAT, HEAD_DIM, PANEL_WORDS, TOKENS, ROWS, K_WIDTH, CAPABILITY,
         )  # fmt: skip
     stats = partial_stats + 2 * (partial_head + rows)
     tl.store(stats, peak, mask=rows < group)
@@ -439,15 +448,21 @@ def _attend_floats(
 def _attend_words(
     queries, is_head, panels, table, num_tokens, log2_scale, slot_words, target,
     FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, PANEL_WORDS: tl.constexpr,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, K_WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, K_WIDTH: tl.constexpr, CAPABILITY: tl.constexpr,
 ):  # fmt: skip
     """Attention over 8-bit values in words of four: K as one operand, V as four planes of dims 4 j + i.
 
-    A step's loads are written one step ahead, each as soon as the registers that it fills are free.
+    A step begins with the loads of the next one's block, K and V together: so they are one run of memory.
     """
     BLOCKWISE: tl.constexpr = FORMAT >= MXFP8  # exponents of blocks of values, not scales of tokens
+    if FORMAT == BFP8:
+        SCALE: tl.constexpr = BFP8_SCALE
+    elif FORMAT >= FP8_E4M3 and CAPABILITY < E4M3_CAPABILITY:
+        SCALE: tl.constexpr = E4M3_PLACED_SCALE
+    else:
+        SCALE: tl.constexpr = 1.0
     query, query_scale = _load_queries(queries, is_head, HEAD_DIM, K_WIDTH)
-    score_scale = (query_scale * log2_scale)[None, :]
+    score_scale = (query_scale * (log2_scale * SCALE))[None, :]
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     v_unit = tl.full([], 1 << 23, tl.int32)  # the bits of the power of two that the sums of V are over
@@ -456,19 +471,18 @@ def _attend_words(
     acc2 = tl.zeros([HEAD_DIM // 4, ROWS], tl.float32)
     acc3 = tl.zeros([HEAD_DIM // 4, ROWS], tl.float32)
     t = tl.arange(0, TOKENS)
-    ahead = panels + tl.load(table).to(tl.int64) * slot_words
-    k_words = load_k(ahead, FORMAT, HEAD_DIM)
-    k_scales = load_scales(ahead, num_tokens, FORMAT, HEAD_DIM)
-    v_evens = load_v(ahead + PANEL_WORDS, 0, FORMAT, HEAD_DIM, K_WIDTH)
-    v_odds = load_v(ahead + PANEL_WORDS, 1, FORMAT, HEAD_DIM, K_WIDTH)
-    v_scales = load_scales(ahead + PANEL_WORDS, num_tokens, FORMAT, HEAD_DIM)
+    panel = panels + tl.load(table).to(tl.int64) * slot_words
+    k_words, k_scales, v_evens, v_odds, v_scales = _load_block(
+        panel, num_tokens, FORMAT, HEAD_DIM, PANEL_WORDS, K_WIDTH
+    )
     slot = tl.load(table + 1, mask=num_tokens > TOKENS, other=0)
     for start in range(0, num_tokens, TOKENS):
         left = num_tokens - start - TOKENS
-        more = left > 0
-        panel = ahead
-        ahead = panels + slot.to(tl.int64) * slot_words
+        next_panel = panels + slot.to(tl.int64) * slot_words
         slot = tl.load(table + start // TOKENS + 2, mask=left > TOKENS, other=0)
+        next_k_words, next_k_scales, next_v_evens, next_v_odds, next_v_scales = _load_block(
+            next_panel, left, FORMAT, HEAD_DIM, PANEL_WORDS, K_WIDTH
+        )
 
         if BLOCKWISE:
             unit = unit_of(k_scales, FORMAT)
@@ -476,11 +490,8 @@ def _attend_words(
             k_scale = float_of(unit)
         else:
             exponents = 0
-            k_scale = k_scales[:, None] * (256.0 if FORMAT == FP8_E4M3 else 1.0)
-        scores = tl.dot(k_operand(k_words, exponents, FORMAT, HEAD_DIM, K_WIDTH), query)
-        if more:
-            k_words = load_k(ahead, FORMAT, HEAD_DIM)
-            k_scales = load_scales(ahead, left, FORMAT, HEAD_DIM)
+            k_scale = k_scales[:, None]
+        scores = tl.dot(k_operand(k_words, exponents, FORMAT, HEAD_DIM, K_WIDTH, CAPABILITY), query)
         scores = scores * score_scale * k_scale
         scores = tl.where(t[:, None] < left + TOKENS, scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, axis=0))
@@ -496,23 +507,24 @@ def _attend_words(
             weights = (weights * WEIGHT_SCALE).to(tl.float16)
         else:
             exponents = 0
-            v_scale = v_scales * (256.0 if FORMAT == FP8_E4M3 else 1.0)
-            new_unit = tl.maximum(v_unit, tl.max(v_scale.to(tl.int32, bitcast=True), axis=0) & 0x7F800000)
+            new_unit = tl.maximum(v_unit, tl.max(v_scales.to(tl.int32, bitcast=True), axis=0) & 0x7F800000)
             one_over_unit = float_of((254 << 23) - new_unit)
-            weights = (weights * (v_scale * one_over_unit * WEIGHT_SCALE)[:, None]).to(tl.float16)
+            weights = (weights * (v_scales * one_over_unit * WEIGHT_SCALE)[:, None]).to(tl.float16)
         shrink = (shrink * (float_of(v_unit) * one_over_unit))[None, :]
         v_unit = new_unit
-        front = (v_evens & 0xFFFF) | (v_odds << 16)
-        back = (v_evens >> 16) | (v_odds & 0xFFFF0000)
-        acc0 = tl.dot(v_operand(front, exponents, False, FORMAT, HEAD_DIM, K_WIDTH), weights, acc0 * shrink)
-        acc1 = tl.dot(v_operand(front, exponents, True, FORMAT, HEAD_DIM, K_WIDTH), weights, acc1 * shrink)
-        acc2 = tl.dot(v_operand(back, exponents, False, FORMAT, HEAD_DIM, K_WIDTH), weights, acc2 * shrink)
-        acc3 = tl.dot(v_operand(back, exponents, True, FORMAT, HEAD_DIM, K_WIDTH), weights, acc3 * shrink)
-        if more:
-            v_evens = load_v(ahead + PANEL_WORDS, 0, FORMAT, HEAD_DIM, K_WIDTH)
-            v_odds = load_v(ahead + PANEL_WORDS, 1, FORMAT, HEAD_DIM, K_WIDTH)
-            v_scales = load_scales(ahead + PANEL_WORDS, left, FORMAT, HEAD_DIM)
-    unit = float_of(v_unit) * (1.0 / WEIGHT_SCALE)
+        plane0 = v_operand(v_evens, v_odds, exponents, 0, FORMAT, HEAD_DIM, K_WIDTH, CAPABILITY)
+        plane1 = v_operand(v_evens, v_odds, exponents, 1, FORMAT, HEAD_DIM, K_WIDTH, CAPABILITY)
+        plane2 = v_operand(v_evens, v_odds, exponents, 2, FORMAT, HEAD_DIM, K_WIDTH, CAPABILITY)
+        plane3 = v_operand(v_evens, v_odds, exponents, 3, FORMAT, HEAD_DIM, K_WIDTH, CAPABILITY)
+        acc0 = tl.dot(plane0, weights, acc0 * shrink)
+        acc1 = tl.dot(plane1, weights, acc1 * shrink)
+        acc2 = tl.dot(plane2, weights, acc2 * shrink)
+        acc3 = tl.dot(plane3, weights, acc3 * shrink)
+        panel = next_panel
+        k_words, k_scales, v_evens, v_odds, v_scales = (
+            next_k_words, next_k_scales, next_v_evens, next_v_odds, next_v_scales
+        )  # fmt: skip
+    unit = float_of(v_unit) * (SCALE / WEIGHT_SCALE)
     row = tl.arange(0, HEAD_DIM // 4)
     place = tl.trans(target) + (row % 8 * (HEAD_DIM // 8) + row // 8 * 4)[:, None]
     tl.store(place, acc0 * unit, mask=is_head[None, :])
@@ -520,6 +532,20 @@ def _attend_words(
     tl.store(place + 2, acc2 * unit, mask=is_head[None, :])
     tl.store(place + 3, acc3 * unit, mask=is_head[None, :])
     return peak, total
+
+
+@triton.jit
+def _load_block(
+    panel, num_tokens, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, PANEL_WORDS: tl.constexpr, K_WIDTH: tl.constexpr
+):
+    """What a step needs of K and V of a block that holds ``num_tokens``; without any, nothing is read."""
+    v_panel = panel + PANEL_WORDS
+    k_words = load_k(panel, num_tokens, FORMAT, HEAD_DIM)
+    k_scales = load_scales(panel, num_tokens, FORMAT, HEAD_DIM)
+    v_evens = load_v(v_panel, num_tokens, 0, FORMAT, HEAD_DIM, K_WIDTH)
+    v_odds = load_v(v_panel, num_tokens, 1, FORMAT, HEAD_DIM, K_WIDTH)
+    v_scales = load_scales(v_panel, num_tokens, FORMAT, HEAD_DIM)
+    return k_words, k_scales, v_evens, v_odds, v_scales
 
 
 @triton.jit

@@ -1,8 +1,10 @@
 """How words of raw 8-bit KV become float16 operands, in registers. Bytes as docs/formats.md has them.
 
-Bytes 0 to 3 of word j are dims 4j to 4j + 3. Integer operations on whole words place each value's bits in a float16,
-which holds every value of these formats exactly: int8 and fp8_e4m3 up to a scale per token, the others up to one *unit*
-per block of 32 tokens (but for values that are 2^-18 of the block's largest and less).
+Bytes 0 to 3 of word j are dims 4j to 4j + 3. Operations on whole words make two float16 at a time, which hold every
+value of these formats exactly: int8 and fp8_e4m3 up to a scale per token, the others up to one *unit* per block of 32
+tokens (but for what is 2^-22 of the block's largest value and less). Where the device has instructions that permute
+bytes or convert E4M3 (``CAPABILITY``, NVIDIA's compute capability as a number of two or three digits, 0 elsewhere),
+they take the place of shifts and masks: a third fewer instructions to a value.
 
 Rows of the loads are in the order in which an operand of the tensor cores lies in the lanes, so that what a lane reads
 in 16 bytes stays in its registers. Only where a value's token and dim are matters for correctness, and that is plain
@@ -13,25 +15,30 @@ is ``hmad.compute.codecs.decode``, which kernels must not import: the tests comp
 import triton
 import triton.language as tl
 
-from hmad_kernels.triton_common import BFP8, INT8, MXFP8, TILE_BYTES
+from hmad_kernels.triton_common import BFP8, FP8_E4M3, INT8, MXFP8, TILE_BYTES
 
 WORD_BLOCK_TOKENS = tl.constexpr(32)  # tokens per block of every 8-bit format
-# How far the exponent field of a block's unit is below the block's largest: the largest float16 exponent is for that.
-MXFP8_DEPTH, BFP8_DEPTH = tl.constexpr(6), tl.constexpr(11)
+# How far the exponent field of a block's unit is below that of the block's largest values, and the float16 exponent
+# field that these are scaled with: no value overflows, and the unit is never an infinity.
+MXFP8_DEPTH, MXFP8_TOP = tl.constexpr(7), tl.constexpr(22)
+BFP8_DEPTH, BFP8_TOP = tl.constexpr(11), tl.constexpr(30)
+E4M3_CAPABILITY = tl.constexpr(89)  # the first that converts E4M3 itself
+# What operands are too small by, on top of their token's scale or their block's unit.
+E4M3_PLACED_SCALE, BFP8_SCALE = tl.constexpr(2.0**8), tl.constexpr(2.0**14)
 
 
 @triton.jit
-def load_k(panel, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Words [HEAD_DIM / 64 * 128, 4], rows as _k_rows."""
+def load_k(panel, num_tokens, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Words [HEAD_DIM / 64 * 128, 4], rows as _k_rows; without any tokens, nothing is read."""
     t, first = _k_rows(HEAD_DIM)
-    return _load_words(panel, t, first, FORMAT, HEAD_DIM)
+    return _load_words(panel, t, first, num_tokens, FORMAT, HEAD_DIM)
 
 
 @triton.jit
-def load_v(panel, ODD: tl.constexpr, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, K_WIDTH: tl.constexpr):
+def load_v(panel, num_tokens, ODD: tl.constexpr, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, K_WIDTH: tl.constexpr):
     """Words [128, HEAD_DIM / 32] of every other token, rows as _v_rows of eighths."""
     t, first = _v_rows(ODD, HEAD_DIM // 16, HEAD_DIM, K_WIDTH)
-    words = _load_words(panel, t, first, FORMAT, HEAD_DIM)
+    words = _load_words(panel, t, first, num_tokens, FORMAT, HEAD_DIM)
     if HEAD_DIM == 64:  # 16 bytes are two of its eighths
         words = tl.permute(tl.reshape(words, [4, 4, 4, 2, 2]), (0, 1, 3, 2, 4))
     return tl.reshape(words, [128, HEAD_DIM // 32])
@@ -71,10 +78,11 @@ def _v_rows(ODD: tl.constexpr, PARTS: tl.constexpr, HEAD_DIM: tl.constexpr, K_WI
 
 
 @triton.jit
-def _load_words(panel, t, first, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr):
+def _load_words(panel, t, first, num_tokens, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr):
     """16 bytes of every row."""
-    place = _word_place(t, first, FORMAT, HEAD_DIM)
-    return tl.load(panel + place[:, None] + tl.arange(0, 4)[None, :]).to(tl.uint32, bitcast=True)
+    source = panel + _word_place(t, first, FORMAT, HEAD_DIM)[:, None] + tl.arange(0, 4)[None, :]
+    # Compared after it is spread: the interpreter spreads no truth values.
+    return tl.load(source, mask=tl.broadcast_to(num_tokens, source.shape) > 0).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
@@ -120,7 +128,7 @@ def _exponent_bits(panel, t, first, unit, FORMAT: tl.constexpr, HEAD_DIM: tl.con
         place = first // 8 * TILE_BYTES + t // 16 * 32 + first // 4 % 2 * 16 + t % 16
         exponent = (tl.load(panel + place // 4) >> (place % 4 * 8)) & 0xFF
     DEPTH: tl.constexpr = MXFP8_DEPTH if FORMAT == MXFP8 else BFP8_DEPTH
-    TOP: tl.constexpr = 29 if FORMAT == MXFP8 else 30  # the field of the largest: no value overflows
+    TOP: tl.constexpr = MXFP8_TOP if FORMAT == MXFP8 else BFP8_TOP
     exponent += TOP - DEPTH - (unit >> 23)
     return (tl.minimum(tl.maximum(exponent, 0), TOP) << 10).to(tl.uint32)  # in place of no token it may be any
 
@@ -133,11 +141,20 @@ def _token_exponents(panel, t, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def k_operand(words, exponents, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, K_WIDTH: tl.constexpr):
+def k_operand(
+    words, exponents, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, K_WIDTH: tl.constexpr, CAPABILITY: tl.constexpr
+):
     """[32, HEAD_DIM]: column (h, w, c, e, p) is dim 64 h + 16 c + 4 w + 2 p + e."""
     H: tl.constexpr = HEAD_DIM // 64
-    p0, p2 = _halves(words, exponents, False, FORMAT)
-    p1, p3 = _halves(words, exponents, True, FORMAT)
+    if FORMAT == BFP8 and CAPABILITY:
+        evens, odds = _signed(words, words, 0xA280), _signed(words, words, 0xB391)
+    elif FORMAT >= FP8_E4M3 and CAPABILITY >= E4M3_CAPABILITY:
+        words = _permuted(words, words, 0x3120)
+        evens, odds = _converted(words, False), _converted(words, True)
+    else:
+        evens, odds = _placed(words, False, FORMAT), _placed(words, True, FORMAT)
+    p0, p2 = _halves(evens, exponents, FORMAT, CAPABILITY)
+    p1, p3 = _halves(odds, exponents, FORMAT, CAPABILITY)
     both = tl.join(tl.join(p0, p2), tl.join(p1, p3))  # h t c w p e
     both = tl.reshape(both, [H, 32, 4, 4, 2, 2])
     both = tl.permute(both, (1, 0, 3, 2, 5, 4) if K_WIDTH == 4 else (1, 0, 3, 5, 2, 4))
@@ -146,35 +163,86 @@ def k_operand(words, exponents, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, K_
 
 @triton.jit
 def v_operand(
-    pairs, exponents, HIGH: tl.constexpr, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, K_WIDTH: tl.constexpr
-):
-    """One plane of V^T [HEAD_DIM / 4, 32]: row (w, g) is dim HEAD_DIM / 8 g + 4 w and 0 to 3 more, by plane.
+    evens, odds, exponents, PLANE: tl.constexpr,
+    FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, K_WIDTH: tl.constexpr, CAPABILITY: tl.constexpr,
+):  # fmt: skip
+    """One plane of V^T [HEAD_DIM / 4, 32], 0 to 3: row (w, g) is dim HEAD_DIM / 8 g + 4 w + PLANE.
 
-    ``pairs`` hold two bytes of an even token and the same two of the odd one next to it.
+    ``evens`` and ``odds`` are the same words of an even token and of the odd one next to it.
     """
-    low, high = _halves(pairs, exponents, HIGH, FORMAT)
-    both = tl.reshape(tl.join(low, high), [2, 2, 8, 4, HEAD_DIM // 32, 2])  # half s g c w p
+    HIGH: tl.constexpr = PLANE % 2 == 1
+    if FORMAT == BFP8 and CAPABILITY:
+        pairs = _signed(evens, odds, 0xC480 + 0x1111 * PLANE)
+    elif FORMAT >= FP8_E4M3 and CAPABILITY >= E4M3_CAPABILITY:
+        pairs = _converted(_permuted(evens, odds, 0x5140 if PLANE < 2 else 0x7362), HIGH)
+    elif PLANE < 2:
+        pairs = _placed((evens & 0xFFFF) | (odds << 16), HIGH, FORMAT)
+    else:
+        pairs = _placed((evens >> 16) | (odds & 0xFFFF0000), HIGH, FORMAT)
+    even, odd = _halves(pairs, exponents, FORMAT, CAPABILITY)
+    both = tl.reshape(tl.join(even, odd), [2, 2, 8, 4, HEAD_DIM // 32, 2])  # half s g c w p
     return tl.reshape(tl.permute(both, (4, 2, 0, 3, 1, 5) if K_WIDTH == 4 else (4, 2, 0, 1, 3, 5)), [HEAD_DIM // 4, 32])
 
 
 @triton.jit
-def _halves(pairs, exponents, HIGH: tl.constexpr, FORMAT: tl.constexpr):
-    """Bytes 0 and 2 (HIGH: 1 and 3) of words as two tensors of float16, two integer operations on both at once."""
+def _placed(words, HIGH: tl.constexpr, FORMAT: tl.constexpr):
+    """Bytes 0 and 2 (HIGH: 1 and 3) of words as the bits of two float16, by shifts and masks.
+
+    int8: 1152 more than the value. E4M3: 2^-8 of it. bfp8: 2^-24 of the magnitude, as a subnormal number.
+    """
+    low = words >> 8 if HIGH else words
     if FORMAT == INT8:
-        bits = (pairs >> 8 if HIGH else pairs) & 0x00FF00FF ^ 0x64806480
-        return _as_half(bits) - 1152.0, _as_half(bits >> 16) - 1152.0
-    elif FORMAT == BFP8:
-        # With the implicit one, a magnitude is 128 + itself: the one, of the same exponent and sign, is subtracted.
-        zeros = (pairs if HIGH else pairs << 8) & 0x80008000 | exponents
-        bits = (pairs >> 8 if HIGH else pairs) & 0x007F007F | zeros
-        return _as_half(bits) - _as_half(zeros), _as_half(bits >> 16) - _as_half(zeros >> 16)
-    elif FORMAT == MXFP8:
-        magnitudes = (pairs >> 1 if HIGH else pairs << 7) & 0x3F803F80
-        signed = (pairs if HIGH else pairs << 8) & 0x80008000 | exponents
-        return _as_half(magnitudes) * _as_half(signed), _as_half(magnitudes >> 16) * _as_half(signed >> 16)
+        return low & 0x00FF00FF ^ 0x64806480
+    signs = (words if HIGH else words << 8) & 0x80008000
+    if FORMAT == BFP8:
+        return low & 0x007F007F | signs
     else:
-        bits = (pairs if HIGH else pairs << 8) & 0x80008000 | (pairs >> 1 if HIGH else pairs << 7) & 0x3F803F80
-        return _as_half(bits), _as_half(bits >> 16)
+        return (words >> 1 if HIGH else words << 7) & 0x3F803F80 | signs
+
+
+@triton.jit
+def _signed(x, y, SELECTOR: tl.constexpr):
+    """bfp8: two bytes of x and y as ``_placed`` has them: above each stands its sign bit, eight times."""
+    return _permuted(x, y, SELECTOR) & 0x807F807F
+
+
+@triton.jit
+def _permuted(x, y, SELECTOR: tl.constexpr):
+    """Four of the bytes 0 to 7 that x and y are, a nibble for each, lowest first; 8 more: its sign bit, eight times."""
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [x, y, SELECTOR], tl.uint32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _converted(words, HIGH: tl.constexpr):
+    """Bytes 0 and 1 (HIGH: 2 and 3) of words, E4M3, as the bits of two float16."""
+    if HIGH:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 low, high; mov.b32 {low, high}, $1; cvt.rn.f16x2.e4m3x2 $0, high; }",
+            "=r,r", [words], tl.uint32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 low, high; mov.b32 {low, high}, $1; cvt.rn.f16x2.e4m3x2 $0, low; }",
+            "=r,r", [words], tl.uint32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _halves(pairs, exponents, FORMAT: tl.constexpr, CAPABILITY: tl.constexpr):
+    """The two float16 that words are the bits of, freed of int8's offset or scaled by their blocks' exponents."""
+    if FORMAT == INT8:
+        return _as_half(pairs) - 1152.0, _as_half(pairs >> 16) - 1152.0
+    elif FORMAT == FP8_E4M3:
+        return _as_half(pairs), _as_half(pairs >> 16)
+    elif CAPABILITY:  # as one word: of halves, the compiler would make pairs again
+        scaled = tl.inline_asm_elementwise(
+            "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [pairs, exponents], tl.uint32, is_pure=True, pack=1
+        )
+        return _as_half(scaled), _as_half(scaled >> 16)
+    else:
+        return _as_half(pairs) * _as_half(exponents), _as_half(pairs >> 16) * _as_half(exponents >> 16)
 
 
 @triton.jit

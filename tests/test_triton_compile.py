@@ -139,7 +139,7 @@ def test_packing_compiles(arch: str, head_dim: int, name: str, tmp_path: Path) -
 def test_attention_compiles(arch: str, head_dim: int, name: str, tmp_path: Path) -> None:
     capability = CAPABILITIES[arch]
     tuning = tuning_for(name, capability)
-    constants = attend_constants(format_code(name), head_dim, tuning, interpreted=False)
+    constants = attend_constants(format_code(name), head_dim, tuning, capability, interpreted=False)
     binary = compiled(triton_attention._attend_kernel, arch, constants, tuning.options())
     assert_no_spills(binary, arch, tmp_path)
     if capability is not None:

@@ -385,8 +385,8 @@ SKEWED = np.array([[2, 131072, 0]] + [[2, 2048, 0]] * 192, dtype=np.int32)
         (uniform(64, 8192), 12, 1600, 384),
         (uniform(64, 8192, tail=100), 12, 1600, 448),  # tails come on top
         (uniform(256, 1024), 8, 1024, 256),  # one item of each is as good as two
-        (SKEWED, 8, 2528, 244),
-        (SKEWED, 12, 1792, 458),  # rather a third of a third wave than a quarter of a second
+        (SKEWED, 8, 2080, 256),  # all of 2,048 tokens: what is longer would be waited for
+        (SKEWED, 12, 2080, 256),  # two waves of 2,048 tokens take as long as three of 1,344
         (uniform(8, 1024, name="bf16"), 2, 320, 32),  # a wave is of 132 x 2
     ],
 )
