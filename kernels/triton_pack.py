@@ -1,8 +1,9 @@
 """Pack K and V into blocks of a KV format, on the GPU: one launch for both, any number of sequences.
 
-A program encodes the K and V panels of one head, 32 tokens at a time. Division is correctly rounded (a plain ``/`` is
-not), so that the bytes equal those of the reference twin ``hmad.compute.codecs.encode``, which kernels must not
-import: the tests compare the two. Limit: bytes read and written over memory bandwidth.
+A program encodes K and V of one head and of a few tokens: so few that many programs are resident and hide each other's
+latency, so many that each thread has 16 values of a row and stores their bytes at once. Quotients are correctly rounded
+(a plain ``/`` is not), so that the bytes equal those of the reference twin ``hmad.compute.codecs.encode``, which
+kernels must not import: the tests compare the two. Limit: bytes read and written over memory bandwidth.
 """
 
 import torch
@@ -13,6 +14,7 @@ from hmad_kernels.triton_common import (
     ALIGN_BYTES,
     BF16,
     BF16_OVERFLOW_BITS,
+    BFP8,
     DTYPES,
     FP8_E4M3,
     FP32,
@@ -37,8 +39,11 @@ from hmad_kernels.triton_common import (
     to_f32,
 )
 
-ROWS = 32  # tokens of a program: one block of the 8-bit formats, several of the others
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
+SMALLEST_SHARED = tl.constexpr(8)  # bfp8: below, subnormal numbers count
+# 1 / 127 and 1 / 448 as float32, and what they lack.
+INVERSE_127, REST_127 = tl.constexpr(float.fromhex("0x1.020408p-7")), tl.constexpr(float.fromhex("0x1.020408p-35"))
+INVERSE_448, REST_448 = tl.constexpr(float.fromhex("0x1.24924ap-9")), tl.constexpr(float.fromhex("-0x1.b6db6ep-34"))
 
 
 def pack_blocks(
@@ -60,22 +65,23 @@ def pack_blocks(
     """
     code = _check(format_name, k, v, blocks, out, bad_rows)
     num_heads, head_dim = k.shape[1:]
-    blocks_per_program = ROWS // TOKENS_PER_BLOCK[code]
-    grid = (num_heads * triton.cdiv(len(blocks), blocks_per_program),)
+    constants = pack_constants(code, head_dim, hardware_e4m3=has_e4m3(k.device))
+    grid = (num_heads * triton.cdiv(len(blocks) * TOKENS_PER_BLOCK[code], constants["NUM_ROWS"]),)
     if not grid[0]:
         return
     _pack_kernel[grid](
         k, v, blocks, out, bad_rows,
         len(blocks), num_heads,
         k.stride(0), k.stride(1), v.stride(0), v.stride(1), out.stride(0),
-        **pack_constants(code, head_dim, hardware_e4m3=has_e4m3(k.device)),
+        **constants,
         **pack_options(code),
     )  # fmt: skip
 
 
 def pack_options(code: int) -> dict[str, int | bool]:
-    """What Triton compiles with: enough warps that no thread spills, and no contraction that would change a byte."""
-    return {"num_warps": 8 if code == FP32.value else 4, "enable_fp_fusion": False}
+    """What Triton compiles with: one warp where a program decides (bfp8), and no contraction that changes a byte."""
+    num_warps = {FP32.value: 4, BFP8.value: 1}.get(code, 2)
+    return {"num_warps": num_warps, "enable_fp_fusion": False}
 
 
 def pack_constants(code: int, head_dim: int, *, hardware_e4m3: bool) -> dict[str, int | bool]:
@@ -85,7 +91,7 @@ def pack_constants(code: int, head_dim: int, *, hardware_e4m3: bool) -> dict[str
         "HEAD_DIM": head_dim,
         "BLOCK_TOKENS": TOKENS_PER_BLOCK[code],
         "PANEL_BYTES": panel_bytes(code, head_dim),
-        "NUM_ROWS": ROWS,
+        "NUM_ROWS": (512 if code == BFP8.value else 1024) // head_dim,
         "HARDWARE_E4M3": hardware_e4m3,
     }
 
@@ -133,12 +139,12 @@ def _pack_kernel(
 ):  # fmt: skip
     program = tl.program_id(0)
     head = program % num_heads  # neighbours read neighbouring memory
-    rows = tl.arange(0, NUM_ROWS)
-    block = program // num_heads * (NUM_ROWS // BLOCK_TOKENS) + rows // BLOCK_TOKENS
+    position = program // num_heads * NUM_ROWS + tl.arange(0, NUM_ROWS)
+    block = position // BLOCK_TOKENS
     exists = block < num_blocks
     first = tl.load(blocks + 2 * block, mask=exists, other=0)
     count = tl.load(blocks + 2 * block + 1, mask=exists, other=0)
-    t = rows % BLOCK_TOKENS
+    t = position % BLOCK_TOKENS
     live = t < count
     token = (first + t).to(tl.int64)
     columns = tl.arange(0, HEAD_DIM)
@@ -153,64 +159,104 @@ def _pack_kernel(
 
 @triton.jit
 def _encode(
-    values, panel, t, exists, bad_row,
+    rows, panel, t, exists, bad_row,
     FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, HARDWARE_E4M3: tl.constexpr,
 ):  # fmt: skip
-    """Encode rows [rows, HEAD_DIM]: row r is token t[r] of the panel that begins at panel[r]."""
+    """Encode rows [rows, HEAD_DIM]: row r is token t[r] of the panel that begins at panel[r].
+
+    Arithmetic is over [rows, pieces, PIECE], where a piece is what a thread loads and stores at once: then the maximum
+    of a piece, all that bfp8 needs, stays in its thread.
+    """
+    PIECE: tl.constexpr = 16 if FORMAT >= INT8 else 8
+    values = tl.reshape(rows, [t.shape[0], HEAD_DIM // PIECE, PIECE])
     x = to_f32(values)
     magnitude = bits_of(x) & 0x7FFFFFFF
-    peak = tl.max(magnitude.to(tl.int32), axis=1)  # bits order as values do, and every NaN is above infinity
+    peak = tl.max(magnitude.to(tl.int32), axis=2)  # bits order as values do, and every NaN is above infinity
+    pieces = tl.arange(0, HEAD_DIM // PIECE)
     LIMIT: tl.constexpr = BF16_OVERFLOW_BITS if FORMAT == BF16 else INFINITY_BITS
-    tl.store(bad_row, tl.full(t.shape, 1, tl.uint8), mask=peak >= LIMIT)
+    tl.store(bad_row[:, None] + 0 * pieces[None, :], tl.full(peak.shape, 1, tl.uint8), mask=peak >= LIMIT)
     columns = tl.arange(0, HEAD_DIM)
     place = t[:, None] * HEAD_DIM + columns[None, :]
     stored = exists[:, None]
     if FORMAT == FP32:
-        tl.store(panel.to(tl.pointer_type(tl.float32))[:, None] + place, x, mask=stored)
+        target = panel.to(tl.pointer_type(tl.float32))[:, None] + place
+        tl.store(target, tl.reshape(x, place.shape), mask=stored)
     elif FORMAT == BF16:
         target = panel.to(tl.pointer_type(tl.bfloat16))[:, None] + place
         if values.dtype == tl.bfloat16:
-            tl.store(target, values, mask=stored)
+            tl.store(target, rows, mask=stored)
         else:
-            store_rounded(target, x, stored)
+            store_rounded(target, tl.reshape(x, place.shape), stored)
     elif FORMAT == INT8 or FORMAT == FP8_E4M3:  # noqa: SIM109 (compiled code knows no tuples of constants)
-        LARGEST: tl.constexpr = 127.0 if FORMAT == INT8 else 448.0
-        scale = tl.div_rn(float_of(peak), tl.full(t.shape, LARGEST, tl.float32))
+        scale = _over(tl.max(peak, axis=1)[:, None], 127 if FORMAT == INT8 else 448)
         tiny = scale < SMALLEST_NORMAL
         scale = tl.where(tiny, 1.0, scale)
-        scaled = divide(x, scale[:, None])
-        if FORMAT == INT8:  # of a tiny row, everything rounds to zero
+        if values.dtype == tl.bfloat16:
+            scaled = _divide_bf16(x, scale, tiny)
+        else:
+            scaled = divide(x, scale[:, :, None])
+            scaled = float_of((bits_of(scaled) & 0x7FFFFFFF) | (bits_of(x) & 0x80000000))  # -0 lost its sign
+            scaled = tl.where(tiny[:, :, None], 0.0, scaled)
+        if FORMAT == INT8:
             encoded = (bits_of(scaled + ROUND_TO_INTEGER) & 0xFF).to(tl.uint8)
         else:
-            signed = float_of((bits_of(scaled) & 0x7FFFFFFF) | (bits_of(x) & 0x80000000))  # -0 lost its sign
-            encoded = to_e4m3(tl.where(tiny[:, None], 0.0, signed), HARDWARE_E4M3)
-        tl.store(panel[:, None] + place, encoded, mask=stored)
-        tl.store((panel + 32 * HEAD_DIM).to(tl.pointer_type(tl.float32)) + t, scale, mask=exists)
+            encoded = to_e4m3(scaled, HARDWARE_E4M3)
+        tl.store(panel[:, None] + place, tl.reshape(encoded, place.shape), mask=stored)
+        scales = (panel + 32 * HEAD_DIM).to(tl.pointer_type(tl.float32)) + t
+        tl.store(scales[:, None], scale, mask=stored)
     elif FORMAT == MXFP8:
-        grouped = tl.reshape(magnitude.to(tl.int32), [t.shape[0], HEAD_DIM // 32, 32])
-        exponent = tl.max(grouped, axis=2) >> 23
-        field = tl.maximum(exponent - 8, 0)  # 448 = 1.75 * 2^8; subnormals have field 0
-        inverse = tl.broadcast_to(float_of((254 - field) << 23)[:, :, None], grouped.shape)
-        encoded = to_e4m3(x * tl.reshape(inverse, x.shape), HARDWARE_E4M3)
-        tl.store(panel[:, None] + place, encoded, mask=stored)
+        pairs = tl.reshape(peak, [t.shape[0], HEAD_DIM // 32, 2])
+        field = tl.maximum((tl.max(pairs, axis=2) >> 23) - 8, 0)  # 448 = 1.75 * 2^8; subnormals have field 0
+        inverse = tl.reshape(tl.broadcast_to(((254 - field) << 23)[:, :, None], pairs.shape), peak.shape)
+        encoded = to_e4m3(x * float_of(inverse)[:, :, None], HARDWARE_E4M3)
+        tl.store(panel[:, None] + place, tl.reshape(encoded, place.shape), mask=stored)
         groups = tl.arange(0, HEAD_DIM // 32)
         scales = panel[:, None] + 32 * HEAD_DIM + t[:, None] * (HEAD_DIM // 32) + groups[None, :]
         tl.store(scales, field.to(tl.uint8), mask=stored)
     else:
-        face_rows = tl.reshape((magnitude >> 23).to(tl.int32), [t.shape[0], HEAD_DIM // 16, 16])
-        shared = tl.max(face_rows, axis=2)
-        spread = tl.reshape(tl.broadcast_to(shared[:, :, None], face_rows.shape), x.shape)
+        shared = peak >> 23
         if values.dtype == tl.bfloat16:
-            encoded = _bf16_to_bfp8(bits_of(x), spread)
+            encoded = _bf16_to_bfp8(x, shared)
         else:
-            encoded = _to_bfp8(bits_of(x), spread.to(tl.uint32))
+            encoded = _to_bfp8(bits_of(x), shared.to(tl.uint32)[:, :, None])
         face = columns // 32 * TILE_BYTES + columns // 16 % 2 * 256 + columns % 16
         inside = t // 16 * 512 + t % 16 * 16
-        tl.store(panel[:, None] + 64 + inside[:, None] + face[None, :], encoded, mask=stored)
-        halves = tl.arange(0, HEAD_DIM // 16)
-        exponents = halves // 2 * TILE_BYTES + halves % 2 * 16
+        place = 64 + inside[:, None] + face[None, :]
+        tl.store(panel[:, None] + place, tl.reshape(encoded, place.shape), mask=stored)
+        exponents = pieces // 2 * TILE_BYTES + pieces % 2 * 16
         inside = t // 16 * 32 + t % 16
         tl.store(panel[:, None] + inside[:, None] + exponents[None, :], shared.to(tl.uint8), mask=stored)
+
+
+@triton.jit
+def _over(bits, LARGEST: tl.constexpr):
+    """The number that has these bits over 127 or 448, correctly rounded where that is a normal number, else 0.
+
+    A product with a reciprocal of 48 bits, rounded once: right for every significand, as trying all of them showed.
+    """
+    INVERSE: tl.constexpr = INVERSE_127 if LARGEST == 127 else INVERSE_448
+    REST: tl.constexpr = REST_127 if LARGEST == 127 else REST_448
+    significand = float_of((bits & 0x7FFFFF) | 0x3F800000)
+    quotient = tl.fma(significand, tl.full(bits.shape, INVERSE, tl.float32), significand * REST)
+    quotient_bits = bits_of(quotient).to(tl.int32) + (bits & 0x7F800000) - 0x3F800000
+    return float_of(tl.where(quotient_bits < 0x00800000, 0, quotient_bits))
+
+
+@triton.jit
+def _divide_bf16(x, divisors, tiny):
+    """bfloat16 values [rows, pieces, PIECE] over divisors [rows, 1], correctly rounded; 0 in rows that are tiny.
+
+    x has 8 bits, so its product with the first 16 of a reciprocal is exact, and the fused product with the rest rounds
+    once. The 16 bits are rounded down: the rest is positive, and -0 stays -0.
+    """
+    inverse = 1.0 / divisors  # a few units in the last place do not matter
+    high = float_of((bits_of(inverse) - 0x80) & 0xFFFFFF00)
+    error = tl.fma(-divisors, high, tl.full(divisors.shape, 1.0, tl.float32))
+    rest = tl.fma(error, error, error)  # 1 / divisors = high * (1 + rest), but for the cube of the error
+    high = tl.where(tiny, 0.0, high)
+    zero = float_of(tl.where(tiny, 0, 0x80000000))  # what is added to zero: -0 leaves its sign alone
+    first = tl.fma(x, tl.broadcast_to(high[:, :, None], x.shape), tl.broadcast_to(zero[:, :, None], x.shape))
+    return tl.fma(first, tl.broadcast_to(rest[:, :, None], x.shape), first)
 
 
 @triton.jit
@@ -224,15 +270,18 @@ def _to_bfp8(bits, shared):
 
 
 @triton.jit
-def _bf16_to_bfp8(bits, shared):
+def _bf16_to_bfp8(x, shared):
     """The same of bfloat16 values, in fewer steps: they have so few bits that what is cut can never break a tie.
 
-    The magnitude is the value times 2^(133 - shared). That is added to the exponent field, which gives subnormal
-    numbers the hidden one that the format's encoder reads into them.
+    The magnitude is the value times 2^(133 - shared), rounded. Into subnormal numbers the format's encoder reads a
+    hidden one, which counts where shared is small: there 8 is added to all exponent fields, which makes that one.
     """
-    magnitude = (bits & 0x7FFFFFFF).to(tl.int32)
-    size = float_of(tl.maximum(magnitude + ((133 - shared) << 23), 0))
-    size = tl.where(magnitude == 0, 0.0, tl.minimum(size, 127.0))
-    rounded = (bits_of(size + ROUND_TO_INTEGER) & 0xFF).to(tl.int32)
-    sign = (bits >> 24).to(tl.int32) & -rounded & 0x80  # none where the magnitude is zero
-    return (rounded | sign).to(tl.uint8)
+    bits = bits_of(x)
+    if tl.min(shared) < SMALLEST_SHARED:
+        lift = tl.where(shared < SMALLEST_SHARED, 8, 0)
+        bits = tl.where((bits & 0x7FFFFFFF) == 0, bits, bits + (lift << 23).to(tl.uint32)[:, :, None])
+        shared += lift
+    size = float_of(bits) * float_of((260 - shared) << 23)[:, :, None]
+    whole = (size + ROUND_TO_INTEGER) - ROUND_TO_INTEGER  # has no sign where it is zero
+    magnitude = bits_of(tl.minimum(tl.abs(whole), 127.0) + ROUND_TO_INTEGER)
+    return (magnitude | ((bits_of(whole) >> 24) & 0x80)).to(tl.uint8)

@@ -23,7 +23,7 @@ from hmad_kernels import (
 )
 from hmad_kernels.triton_attention import attend_constants, merge_constants, tuning_for
 from hmad_kernels.triton_common import FORMAT_NAMES, format_code
-from hmad_kernels.triton_pack import ROWS, pack_constants, pack_options
+from hmad_kernels.triton_pack import pack_constants, pack_options
 from hmad_kernels.triton_rope import ROPE_OPTIONS, rope_constants
 from hmad_kernels.triton_rows import PIECE, PIECE_WARPS, row_constants, row_options, row_warps, silu_constants
 
@@ -131,7 +131,7 @@ def test_packing_compiles(arch: str, head_dim: int, name: str, tmp_path: Path) -
     binary = compiled(triton_pack._pack_kernel, arch, constants, pack_options(format_code(name)))
     assert_no_spills(binary, arch, tmp_path)
     if capability is not None:
-        payload = 2 * ROWS * head_dim * 2  # K and V of a program, in bfloat16
+        payload = 2 * constants["NUM_ROWS"] * head_dim * 2  # K and V of a program, in bfloat16
         assert 0.95 <= wide_load_bytes(binary, tmp_path) / payload <= 1
 
 

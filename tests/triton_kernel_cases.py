@@ -149,6 +149,25 @@ def test_quotients_are_correctly_rounded(largest: float) -> None:
     assert torch.equal(out.cpu(), x / divisors[:, None])
 
 
+@pytest.mark.parametrize(("name", "binades"), [("int8", 9), ("fp8_e4m3", 20)])
+def test_every_quotient_of_bfloat16_values(name: str, binades: int) -> None:
+    """Significands of a row's largest value (a few in the interpreter, else all) with each of the others', as far
+    below as they count."""
+    generator = torch.Generator().manual_seed(binades)
+    peaks = torch.randperm(128, generator=generator)[: 4 if DEVICE == "cpu" else 128]
+    peak = peaks.repeat(binades)[:, None]  # [rows, 1]
+    field = torch.randint(1, 255, peak.shape, generator=generator)
+    below = torch.arange(binades).repeat_interleave(len(peaks))[:, None]
+    x = ((field - below).clamp(min=0) << 7) + torch.arange(128)  # [rows, 128]
+    peak = (field << 7) + peak
+    k, v = x.minimum(peak), x.minimum(peak) + (1 << 15)  # v is negative
+    k[:, :1], v[:, -1:] = peak, peak
+    k, v = ((bits & 0x7FFF).short() | -(bits >> 15 << 15).short() for bits in (k, v))
+    k, v = (bits.view(torch.bfloat16)[:, None] for bits in (k, v))
+    assert (v < 0).any()
+    assert torch.equal(pack(FORMATS[name], k, v)[0], encode(FORMATS[name], k, v))
+
+
 def test_packing_refuses_what_does_not_fit() -> None:
     k = torch.zeros(4, 2, 64, device=DEVICE)
     blocks = torch.zeros(1, 2, dtype=torch.int32, device=DEVICE)
