@@ -7,6 +7,8 @@ from hmad.facts.errors import LocalError, RemoteProtocolError
 from hmad.wire.messages import Layer
 from hmad.wire.transfers import DECODE_RECEIVES, DECODE_SENDS, LayerKey, State, Table, Transfer, layer_key
 
+_OVER = (State.AWAITING, State.ENDED)  # named once: this is asked for every token, and an enum's members cost a search
+
 
 @dataclass(frozen=True)
 class Lease:
@@ -74,7 +76,7 @@ class DecodeTransfer(Transfer):
     @property
     def over(self) -> bool:
         """D has sent its terminal frame."""
-        return self.state in (State.AWAITING, State.ENDED)
+        return self.state in _OVER
 
     @property
     def complete(self) -> bool:

@@ -40,6 +40,7 @@ Table = Mapping[FrameType | str, Mapping[State, State]]
 
 _NEW, _RESERVING, _SENDING, _COMMITTING = State.NEW, State.RESERVING, State.SENDING, State.COMMITTING
 _DECODING, _OWING, _AWAITING, _ENDED = State.DECODING, State.OWING, State.AWAITING, State.ENDED
+_CANCELLED = FinishReason.CANCELLED
 
 # For each frame: in which states it is legal, and the state it leads to.
 PREFILL_SENDS: Table = {
@@ -105,14 +106,16 @@ class Transfer:
         return f"transfer {self.transfer_id.hex()} epoch {self.epoch}"
 
     def send(self, frame: FrameType | str) -> None:
-        if self.state not in self.sends[frame]:
+        state = self.sends[frame].get(self.state)
+        if state is None:
             raise LocalProtocolError(f"{_name(frame)} may not be sent while {self} is {self.state}")
-        self.state = self.sends[frame][self.state]
+        self.state = state
 
     def receive(self, frame: FrameType | str) -> None:
-        if self.state not in self.receives[frame]:
+        state = self.receives[frame].get(self.state)
+        if state is None:
             raise RemoteProtocolError(f"{_name(frame)} came while {self} is {self.state}")
-        self.state = self.receives[frame][self.state]
+        self.state = state
 
     def start_choices(self, choices: Iterable[Choice]) -> None:
         """P has sampled token 0 of each; the next is token 1."""
@@ -125,7 +128,7 @@ class Transfer:
             return f"{self} has no unfinished choice {entry.choice}"
         if entry.index != expected:
             return f"{self} choice {entry.choice}: token index {entry.index}, {expected} is next"
-        if (entry.token_id is None) != (entry.finish_reason is FinishReason.CANCELLED):
+        if (entry.token_id is None) != (entry.finish_reason is _CANCELLED):
             return f"{self} choice {entry.choice}: a cancelled choice ends without a token, every other entry has one"
         return None
 
