@@ -43,7 +43,7 @@ def strays_when_told(fill: Callable[..., None]) -> Callable[..., None]:
     def wrapped(device: Any, *arguments: Any) -> None:
         fill(device, *arguments)
         if straying.is_set():
-            device._inputs._arrays[device._inputs._turn]["tail_slots"][:] = 1 << 30
+            device._inputs.arrays["tail_slots"][:] = 1 << 30
 
     return wrapped
 

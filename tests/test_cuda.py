@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -211,7 +211,7 @@ class Decoder:
         self.engine = DecodeEngine(self.device, 8, self._deliver)
         self.engine.start()
 
-    def _deliver(self, outputs: list[StepOutput], left: list[DecodeSequence]) -> None:
+    def _deliver(self, outputs: Iterable[StepOutput], left: list[DecodeSequence]) -> None:
         for output in outputs:
             self.outputs.put(output)
         for sequence in left:

@@ -5,9 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hmad.compute.batch import DecodeBatch
+from hmad.compute.batch import MOST_UNSETTLED, DecodeBatch
 from hmad.compute.cuda_decode import FORMAT_NAMES, PLAN_STEPS, Plan
 from hmad.compute.cuda_sampler import outcomes_of, settings_of
+from hmad.compute.device import Outcomes
+from hmad.compute.sampler import finish_reason
 from hmad.compute.sequence import DecodeSequence, Segment
 from hmad.facts.errors import NonFiniteLogitsError
 from hmad.facts.formats import FORMATS
@@ -66,6 +68,7 @@ def test_a_batch_says_where_every_token_is_and_goes_on_counting(
     batch = DecodeBatch(sequences_of(shapes))
     for _ in range(num_steps):
         batch.advance()
+    batch.settle()
     tail_slots, tail_offsets = batch.tail_places
     for row, sequence in enumerate(batch.sequences):
         expected = places(sequence)
@@ -88,6 +91,7 @@ def test_a_plan_covers_every_token_once_as_long_as_it_serves(
         assert plan.num_steps_left
         batch.advance()
         plan.advance()
+    batch.settle()
     for row, sequence in enumerate(batch.sequences):
         items = plan.items[plan.seq_items[row] : plan.seq_items[row + 1]]
         assert set(items[:, 0]) == {row}
@@ -129,3 +133,43 @@ def test_what_was_drawn_is_described_where_it_is_sound() -> None:
     assert isinstance(third, NonFiniteLogitsError)
     assert "output token 2 is inf" in str(third)
     assert "output token 3 is nan" in str(fourth)
+
+
+ENDINGS = st.tuples(st.integers(2, 4), st.lists(st.integers(0, 3), max_size=3), st.integers(0, 3), st.integers(1, 3))
+
+
+@given(st.lists(ENDINGS, min_size=1, max_size=5))
+def test_a_batch_ends_choices_as_each_of_them_would(rows: list[tuple[int, list[int], int, int]]) -> None:
+    """By stop tokens, of which rows have different numbers, and by length."""
+    sequences = sequences_of([([], 0)] * len(rows))
+    for sequence, (max_tokens, stops, _, _) in zip(sequences, rows, strict=True):
+        sequence.params = SamplingParams(max_tokens, stop_token_ids=tuple(stops))
+    token_ids, indices = (np.array([row[column] for row in rows]) for column in (2, 3))
+    batch = DecodeBatch(sequences)
+    reasons = batch.take(token_ids, indices)
+    batch.settle()
+    assert [s.output_token_ids for s in sequences] == [[7, token_id] for token_id in token_ids]
+    for row, sequence in enumerate(sequences):
+        assert reasons.get(row) == finish_reason(token_ids[row], indices[row], sequence.params)
+
+
+def test_outcomes_are_read_row_by_row() -> None:
+    error, told = NonFiniteLogitsError("NaN"), SampledToken(2, logits=b"")
+    outcomes = Outcomes(np.array([1, 2, 3]), {1: told, 2: error})
+    assert list(outcomes) == [SampledToken(1), told, error]
+    assert outcomes.failed == [2]
+    assert list(Outcomes.of([told, error])) == [told, error]
+
+
+@pytest.mark.parametrize("num_steps", [1, MOST_UNSETTLED, MOST_UNSETTLED + 1])
+def test_sequences_are_told_of_every_step_once(num_steps: int) -> None:
+    sequences = sequences_of([([], 0), ([], 3)])
+    batch = DecodeBatch(sequences)
+    for step in range(num_steps):
+        indices = batch.tail_lens.copy()
+        batch.advance()
+        batch.take(np.array([step, 1000 + step]), indices)
+    for _ in range(2):
+        batch.settle()
+        assert [s.output_token_ids for s in sequences] == [[7, *range(n, n + num_steps)] for n in (0, 1000)]
+        assert [s.num_tail_tokens for s in sequences] == [num_steps, 3 + num_steps]

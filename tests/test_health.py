@@ -6,7 +6,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
@@ -21,7 +21,7 @@ from hmad.compute.batch import DecodeBatch
 from hmad.compute.device import (
     KVHistory,
     LayerClock,
-    Outcome,
+    Outcomes,
     PrefillChunk,
     PrefillObserver,
     PrefillResult,
@@ -81,9 +81,9 @@ class ToldDevice:
 
     runs_ahead = False
 
-    def launch(self, batch: DecodeBatch) -> Callable[[], list[Outcome]]:
+    def launch(self, batch: DecodeBatch) -> Callable[[], Outcomes]:
         assert self.go.wait(HANG_S)
-        return lambda: [SampledToken(1) for _ in batch.sequences]
+        return lambda: Outcomes.of([SampledToken(1) for _ in batch.sequences])
 
 
 def prompt() -> PrefillSequence:
@@ -125,7 +125,7 @@ def test_a_hung_prefill_engine_is_noticed_and_forgiven() -> None:
 
 
 def test_a_hung_decode_engine_is_noticed() -> None:
-    device, steps = ToldDevice(), Queue[list[StepOutput]]()
+    device, steps = ToldDevice(), Queue[Iterable[StepOutput]]()
     engine = DecodeEngine(device, 8, lambda outputs, left: steps.put(outputs))
     engine.start()
     engine.join_batch([choice(3)])
@@ -187,7 +187,7 @@ def test_a_dead_prefill_engine_fails_what_it_has_and_what_comes(monkeypatch: pyt
 
 
 def test_a_dead_decode_engine_fails_what_it_has_and_what_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    steps, died = Queue[list[StepOutput]](), threading.Event()
+    steps, died = Queue[Iterable[StepOutput]](), threading.Event()
     engine = DecodeEngine(ToldDevice(), 1, lambda outputs, left: steps.put(outputs))
     engine.on_death = died.set
     running_, waiting = choice(1 << 20), choice(1 << 20)  # longer than it takes to break the engine

@@ -1,7 +1,7 @@
 """The decisions of the scheduler, and the two engines with devices that only keep books."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from queue import Queue
 
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hmad.compute.batch import DecodeBatch
-from hmad.compute.device import KVHistory, Outcome, PrefillChunk, PrefillObserver, PrefillResult, PrefillSequence
+from hmad.compute.device import KVHistory, Outcomes, PrefillChunk, PrefillObserver, PrefillResult, PrefillSequence
 from hmad.compute.sequence import DecodeSequence
 from hmad.facts.errors import DeviceFault, LocalError
 from hmad.facts.formats import FORMATS, KVGeometry, negotiate, preferred_formats
@@ -161,10 +161,11 @@ class CountingDecode:
 
     runs_ahead = False
 
-    def launch(self, batch: DecodeBatch) -> Callable[[], list[Outcome]]:
+    def launch(self, batch: DecodeBatch) -> Callable[[], Outcomes]:
         assert self.gate.acquire(timeout=PATIENCE_S)
         self.batches.append([sequence.seed for sequence in batch.sequences])
-        tokens: list[Outcome] = [SampledToken(sequence.output_token_ids[-1] + 1) for sequence in batch.sequences]
+        batch.settle()
+        tokens = Outcomes(batch.newest_tokens + 1, {})
         return lambda: tokens
 
 
@@ -175,7 +176,7 @@ def choice(seed: int, max_tokens: int) -> DecodeSequence:
 
 
 def test_sequences_join_and_leave_between_steps() -> None:
-    device, outputs = CountingDecode(), Queue[list[StepOutput]]()
+    device, outputs = CountingDecode(), Queue[Iterable[StepOutput]]()
     engine = DecodeEngine(device, max_batch_size=2, deliver=lambda step, left: outputs.put(step))
     first, second, third = choice(1, 3), choice(2, 100), choice(3, 100)
     engine.join_batch([first, second, third])
@@ -210,16 +211,17 @@ class AheadDecode:
     def __init__(self) -> None:
         self.steps: list[list[tuple[int, int, int]]] = []  # seed, tokens in the tail, tokens known
 
-    def launch(self, batch: DecodeBatch) -> Callable[[], list[Outcome]]:
+    def launch(self, batch: DecodeBatch) -> Callable[[], Outcomes]:
+        batch.settle()
         known = [(s.seed, s.num_tail_tokens, len(s.output_token_ids)) for s in batch.sequences]
         self.steps.append(known)
-        tokens: list[Outcome] = [SampledToken(num_tail + 1) for _, num_tail, _ in known]
+        tokens = Outcomes(batch.tail_lens.astype(np.int64), {})
         return lambda: tokens
 
 
 def test_a_step_is_launched_before_the_last_one_s_tokens_are_known() -> None:
     device = AheadDecode()
-    reports: Queue[tuple[list[StepOutput], list[DecodeSequence]]] = Queue()
+    reports: Queue[tuple[Iterable[StepOutput], list[DecodeSequence]]] = Queue()
     engine = DecodeEngine(device, max_batch_size=4, deliver=lambda outputs, left: reports.put((outputs, left)))
     empty = np.zeros(64, np.int32)
     stops = DecodeSequence(empty, SamplingParams(9, stop_token_ids=(2,)), 1, (), FORMATS["bf16"], empty, [0])
@@ -240,7 +242,7 @@ def test_a_step_is_launched_before_the_last_one_s_tokens_are_known() -> None:
 
 def test_what_is_dropped_leaves_when_the_step_in_flight_is_done() -> None:
     device = AheadDecode()
-    reports: Queue[tuple[list[StepOutput], list[DecodeSequence]]] = Queue()
+    reports: Queue[tuple[Iterable[StepOutput], list[DecodeSequence]]] = Queue()
     engine = DecodeEngine(device, max_batch_size=4, deliver=lambda outputs, left: reports.put((outputs, left)))
     dropped, goes_on = choice(1, 1 << 20), choice(2, 1 << 20)
     engine.join_batch([dropped, goes_on])
@@ -277,16 +279,17 @@ class SteppedEngine:
         self._launched: list[DecodeSequence] = []
         launch = self.device.launch
 
-        def noted(batch: DecodeBatch) -> Callable[[], list[Outcome]]:
+        def noted(batch: DecodeBatch) -> Callable[[], Outcomes]:
             assert len(batch) <= 3
             assert not set(batch.sequences) & set(self.left)
+            batch.settle()
             assert all(s.num_tail_tokens + 1 < s.params.max_tokens for s in batch.sequences)
             self._launched = batch.sequences
             return launch(batch)
 
         self.device.launch = noted  # type: ignore[method-assign]
 
-    def _deliver(self, outputs: list[StepOutput], left: list[DecodeSequence]) -> None:
+    def _deliver(self, outputs: Iterable[StepOutput], left: list[DecodeSequence]) -> None:
         for output in outputs:
             self.told.setdefault(output.sequence, []).append(output)
         in_flight = self._launched if self.engine._in_flight else []
@@ -296,6 +299,43 @@ class SteppedEngine:
     def work(self) -> None:
         if self.engine._has_work():
             self.engine._work()
+
+
+@pytest.mark.parametrize("runs_ahead", [True, False])
+def test_what_a_step_brought_may_be_read_when_the_engine_has_gone_on(runs_ahead: bool) -> None:
+    stepped, reports = SteppedEngine(runs_ahead), list[Iterable[StepOutput]]()
+    stepped.engine._deliver = lambda outputs, left: reports.append(outputs)
+    stepped.engine.join_batch([choice(1, 3), choice(2, 5)])
+    while stepped.engine._has_work():
+        stepped.work()
+    told = [[(o.sequence.seed, o.index, o.token, o.finish_reason) for o in outputs] for outputs in reports]
+    assert told == [
+        [(1, 1, SampledToken(1), None), (2, 1, SampledToken(1), None)],
+        [(1, 2, SampledToken(2), "length"), (2, 2, SampledToken(2), None)],
+        [(2, 3, SampledToken(3), None)],
+        [(2, 4, SampledToken(4), "length")],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("runs_ahead", "expected"), [(True, "launch launch launch 1 2 3"), (False, "launch 1 launch 2 launch 3")]
+)
+def test_a_step_is_told_before_the_next_is_waited_for_but_not_before_it_is_launched(
+    runs_ahead: bool, expected: str
+) -> None:
+    stepped, events = SteppedEngine(runs_ahead), list[str]()
+    launch = stepped.device.launch
+
+    def noted(batch: DecodeBatch) -> Callable[[], Outcomes]:
+        events.append("launch")
+        return launch(batch)
+
+    stepped.device.launch = noted  # type: ignore[method-assign]
+    stepped.engine._deliver = lambda outputs, left: events.extend(str(output.index) for output in outputs)
+    stepped.engine.join_batch([choice(1, 4)])
+    while stepped.engine._has_work():
+        stepped.work()
+    assert " ".join(events) == expected
 
 
 LIVES = st.tuples(st.integers(2, 8), st.integers(1, 9), st.integers(0, 9), st.integers(0, 20))
@@ -342,10 +382,10 @@ def test_a_step_that_fails_fails_its_sequences() -> None:
     class Broken:
         runs_ahead = False
 
-        def launch(self, batch: DecodeBatch) -> Callable[[], list[Outcome]]:
+        def launch(self, batch: DecodeBatch) -> Callable[[], Outcomes]:
             raise RuntimeError("out of luck")
 
-    outputs = Queue[list[StepOutput]]()
+    outputs = Queue[Iterable[StepOutput]]()
     engine = DecodeEngine(Broken(), max_batch_size=2, deliver=lambda step, left: outputs.put(step))
     engine.join_batch([choice(1, 3)])
     engine.start()

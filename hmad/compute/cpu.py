@@ -13,7 +13,7 @@ from hmad.compute.device import (
     EncodedBlocks,
     KVHistory,
     LayerClock,
-    Outcome,
+    Outcomes,
     PackedChunks,
     PrefillChunk,
     PrefillObserver,
@@ -168,12 +168,13 @@ class CpuDecode:
 
     runs_ahead = False  # the step is this thread's own work: there is nothing to hide
 
-    def launch(self, batch: DecodeBatch) -> Callable[[], list[Outcome]]:
+    def launch(self, batch: DecodeBatch) -> Callable[[], Outcomes]:
         outcomes = self._step(batch)
         return lambda: outcomes
 
-    def _step(self, batch: DecodeBatch) -> list[Outcome]:
+    def _step(self, batch: DecodeBatch) -> Outcomes:
         """Feed each sequence's newest token, append its KV to the tail, attend over all segments, sample."""
+        batch.settle()  # sampling reads the outputs
         plan = self._plan(batch)
         tail_slots, tail_offsets = (torch.from_numpy(x) for x in batch.tail_places)
         errors: dict[int, HmadError] = {}
@@ -188,7 +189,7 @@ class CpuDecode:
         token_ids, positions = torch.from_numpy(batch.newest_tokens), torch.from_numpy(batch.positions)
         logits = self.model.logits(self.model.forward(token_ids, positions, attend))  # float32 [B, vocab]
         outcomes = sample(logits, [sampler_input(sequence) for sequence in batch.sequences])
-        return [errors.get(row, outcome) for row, outcome in enumerate(outcomes)]
+        return Outcomes.of([errors.get(row, outcome) for row, outcome in enumerate(outcomes)])
 
     def attend(self, plan: AttentionPlan, q: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         """One layer's attention over every segment: q [B, num_heads, head_dim], slots [num_slots, slot_bytes]."""

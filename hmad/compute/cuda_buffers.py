@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import cycle
 
 import numpy as np
 import torch
@@ -24,10 +25,20 @@ class Field:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class Bundle:
-    """Arrays by name, in one block of device memory and in pinned copies of it that take turns.
+@dataclass(frozen=True)
+class Turn:
+    """One pinned copy of a bundle."""
 
-    Whoever uses a turn again has made sure that the copies of its last use are done.
+    memory: Tensor
+    bytes: np.ndarray  # the same
+    arrays: dict[str, np.ndarray]
+
+
+class Bundle:
+    """Arrays by name, in one block of device memory, on the host, and in pinned copies of it that take turns.
+
+    What is to be uploaded is written to ``arrays``, which keep it: only what changes is written again. Whoever uses a
+    turn again has made sure that the copies of its last use are done.
     """
 
     def __init__(self, fields: Mapping[str, Field], device: torch.device) -> None:
@@ -42,31 +53,34 @@ class Bundle:
                 for name, field in fields.items()
             }
 
+        def arrays_of(memory: Tensor) -> dict[str, np.ndarray]:
+            return {name: view.numpy() for name, view in views(memory).items()}
+
         self._starts = starts
         self._device = torch.zeros(size, dtype=torch.uint8, device=device)
-        self._host = [torch.zeros(size, dtype=torch.uint8, pin_memory=True) for _ in range(TURNS)]
         self.on_device = views(self._device)
-        self._arrays: list[dict[str, np.ndarray]] = [
-            {name: view.numpy() for name, view in views(memory).items()} for memory in self._host
-        ]
-        self._turn = 0
-
-    def next_turn(self) -> dict[str, np.ndarray]:
-        """The host's arrays of the next copy."""
-        self._turn = (self._turn + 1) % TURNS
-        return self._arrays[self._turn]
+        values = torch.zeros(size, dtype=torch.uint8)
+        self._values = values.numpy()
+        self.arrays = arrays_of(values)
+        pinned = [torch.zeros(size, dtype=torch.uint8, pin_memory=True) for _ in range(TURNS)]
+        self._turns = cycle([Turn(memory, memory.numpy(), arrays_of(memory)) for memory in pinned])
 
     def upload(self, up_to: tuple[str, int] | None = None) -> None:
-        """Bring this turn's arrays to the device, after what the current stream has to do before. ``up_to`` names one
+        """Bring the host's arrays to the device, after what the current stream has to do before. ``up_to`` names one
         of them and how many of its values there are: nothing behind these is brought.
         """
-        device, host = self._device, self._host[self._turn]
-        if up_to is not None:
+        turn = next(self._turns)
+        if up_to is None:
+            turn.bytes[:] = self._values
+            self._device.copy_(turn.memory, non_blocking=True)
+        else:
             name, length = up_to
-            end = self._starts[name] + length * self._arrays[self._turn][name].itemsize
-            device, host = device[:end], host[:end]
-        device.copy_(host, non_blocking=True)
+            end = self._starts[name] + length * self.arrays[name].itemsize
+            turn.bytes[:end] = self._values[:end]
+            self._device[:end].copy_(turn.memory[:end], non_blocking=True)
 
-    def download(self) -> None:
-        """Bring the device's arrays to this turn's, after what the current stream has to do before."""
-        self._host[self._turn].copy_(self._device, non_blocking=True)
+    def download(self) -> dict[str, np.ndarray]:
+        """Bring the device's arrays to those returned, after what the current stream has to do before."""
+        turn = next(self._turns)
+        turn.memory.copy_(self._device, non_blocking=True)
+        return turn.arrays

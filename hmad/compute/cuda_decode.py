@@ -5,7 +5,9 @@ tokens stay on the device from one step to the next, so that a step can be launc
 before it has drawn.
 
 The host's part is Python beside a fast device, so it touches arrays, and no sequence by itself: what follows from the
-members of a batch alone is brought to the device when they change, and a plan of attention serves many steps.
+members of a batch alone is brought to the device when they change, and a plan of attention serves many steps. Between
+steps of many milliseconds code leaves the caches as well, and every call costs several times what it does in a loop: so
+there are few, and the thread keeps the stream as its current one.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,7 +36,7 @@ from hmad.compute.cuda_sampler import (
     settings_of,
     token_tensor,
 )
-from hmad.compute.device import Outcome, non_finite
+from hmad.compute.device import Outcomes, non_finite
 from hmad.compute.model import Projected, Qwen3
 from hmad.compute.sequence import DecodeSequence
 from hmad.facts.errors import LocalError
@@ -82,15 +84,9 @@ class Members:
     num_rows: int  # padded
     graph: torch.cuda.CUDAGraph
     settings: np.ndarray  # SETTINGS [B]
-    sources: np.ndarray  # int64 [B]: the row of the step before that drew each newest token; -1: the host knows it
     forced: list[tuple[int, DecodeSequence]]  # rows under teacher forcing
     described: list[int]  # rows whose logits the host wants
     plan: Plan
-
-    def launched(self) -> None:
-        """The next step's newest tokens are this one's."""
-        self.sources = np.arange(len(self.batch))
-        self.plan.advance()
 
 
 class CudaDecode:
@@ -111,7 +107,8 @@ class CudaDecode:
         self._inputs = Bundle(
             {
                 "positions": Field(torch.int64, (max_batch_size,)),
-                "sources": Field(torch.int64, (max_batch_size,)),  # rows of the step before, or -1
+                # The row of the step before that drew each newest token; -1: the host knows it.
+                "sources": Field(torch.int64, (max_batch_size,)),
                 "tail_slots": Field(torch.int32, (max_batch_size,)),  # -1: padding
                 "tail_offsets": Field(torch.int32, (max_batch_size,)),
                 "items": Field(torch.int32, (capacity, 4)),
@@ -164,8 +161,9 @@ class CudaDecode:
 
     # --- one step ---
 
-    def launch(self, batch: DecodeBatch) -> Callable[[], Sequence[Outcome]]:
-        with fatal_faults(), torch.inference_mode(), torch.cuda.stream(self._stream):
+    def launch(self, batch: DecodeBatch) -> Callable[[], Outcomes]:
+        torch.cuda.set_stream(self._stream)  # for good: nothing else runs on this thread
+        with fatal_faults():
             try:
                 members = self._members
                 if members is None or members.batch is not batch:
@@ -174,18 +172,20 @@ class CudaDecode:
             except Exception:
                 self._stream.synchronize()  # nobody else will wait for what was begun
                 raise
-        members.launched()
-        self._members = members
+        if self._members is not members:
+            self._members = members
+            # From now on the step before has drawn every newest token.
+            self._inputs.arrays["sources"][: len(batch)] = np.arange(len(batch))
+        members.plan.advance()
         return outcomes
 
-    def _replay(self, members: Members) -> Callable[[], Sequence[Outcome]]:
+    def _replay(self, members: Members) -> Callable[[], Outcomes]:
         """One step's metadata up, the graph, and its outcomes down: they are there after the event."""
         batch = members.batch
         self._fill(members)
         self._inputs.upload()
         members.graph.replay()
-        arrays = self._outputs.next_turn()
-        self._outputs.download()
+        arrays = self._outputs.download()
         described = {row: self._logits[row].to("cpu", non_blocking=True) for row in members.described}
         done = next(self._done)
         done.record(self._stream)
@@ -200,18 +200,20 @@ class CudaDecode:
         arrays: dict[str, np.ndarray],
         described: dict[int, Tensor],
         done: torch.cuda.Event,
-    ) -> list[Outcome]:
+    ) -> Outcomes:
         with fatal_faults():
             done.synchronize()
         size = len(sequences)
         raw = {row: logits.numpy() for row, logits in described.items()}
-        outcomes = outcomes_of(sequences, index, arrays["token_ids"][:size], arrays["tops"][:size], raw)
-        for row in arrays["bad_rows"][:size].nonzero()[0].tolist():
-            outcomes[row] = non_finite(None, int(positions[row]))
+        token_ids = arrays["token_ids"][:size].copy()  # the turn is taken again before all have read them
+        outcomes = outcomes_of(sequences, index, token_ids, arrays["tops"][:size], raw)
+        bad_rows = arrays["bad_rows"][:size].nonzero()[0].tolist()
+        outcomes.special.update((row, non_finite(None, int(positions[row]))) for row in bad_rows)
         return outcomes
 
     # --- its metadata ---
 
+    @torch.inference_mode()
     def _adopt(self, batch: DecodeBatch, before: Members | None) -> Members:
         """The members have changed: what follows from them alone. Those that stay keep their settings."""
         num_rows = next(size for size in self._buckets if size >= len(batch))
@@ -226,13 +228,14 @@ class CudaDecode:
         settings[new] = settings_of((sequences[row].params, sequences[row].seed) for row in new)
         settings["counts_row"] = self._count_rows(sequences, settings["is_penalized"])
         self._bring_constants(batch, settings, {row: sequences[row].output_token_ids[-1] for row in new})
+        self._inputs.arrays["sources"][: len(batch)] = sources
+        self._fill_padding(len(batch), num_rows)
         return Members(
             batch,
             {sequence: row for row, sequence in enumerate(sequences)},
             num_rows,
             graph,
             settings,
-            sources,
             [(row, sequences[row]) for row in settings["is_forced"].nonzero()[0].tolist()],
             settings["is_described"].nonzero()[0].tolist(),
             self._plan(batch, num_rows),
@@ -240,17 +243,18 @@ class CudaDecode:
 
     def _bring_constants(self, batch: DecodeBatch, settings: np.ndarray, known: dict[int, int]) -> None:
         """What the members' steps have in common; ``known`` are newest tokens that no step has drawn, by row."""
-        arrays, size, num_blocks = self._constants.next_turn(), len(batch), len(batch.block_table)
+        arrays, size, num_blocks = self._constants.arrays, len(batch), len(batch.block_table)
         if num_blocks > len(arrays["blocks"]):
             raise LocalError(f"a batch of {num_blocks} blocks, {len(arrays['blocks'])} is the most")
         for name in CONSTANT_COLUMNS:
             arrays[name][:size] = settings[name]
         arrays["token_ids"][list(known)] = list(known.values())
-        self._fill_constant_padding(arrays, size)
+        self._fill_constant_padding(size)
         arrays["blocks"][:num_blocks] = batch.block_table
         self._constants.upload(up_to=("blocks", num_blocks))
 
-    def _fill_constant_padding(self, arrays: dict[str, np.ndarray], first: int) -> None:
+    def _fill_constant_padding(self, first: int) -> None:
+        arrays = self._constants.arrays
         arrays["token_ids"][first:] = 0
         arrays["temperature"][first:] = 0
         arrays["counts_row"][first:] = NO_ROW
@@ -274,34 +278,36 @@ class CudaDecode:
         return count_rows
 
     def _plan(self, batch: DecodeBatch, num_rows: int) -> Plan:
+        """The items stand where they are uploaded from, and count on there."""
+        capacity, size, arrays = self._capacity(num_rows), len(batch), self._inputs.arrays
         item_tokens = item_tokens_for(
             batch.segments, self.model.config.num_kv_heads, self._num_multiprocessors, self._resident
         )
-        return Plan(*split_items(batch.seq_segments, batch.segments, item_tokens, self._capacity(num_rows)))
+        items, seq_items = split_items(batch.seq_segments, batch.segments, item_tokens, capacity)
+        arrays["items"][:capacity] = items
+        arrays["seq_items"][: size + 1] = seq_items
+        arrays["seq_items"][size + 1 : num_rows + 1] = seq_items[-1]
+        return Plan(arrays["items"][:capacity], seq_items)
 
     def _fill(self, members: Members) -> None:
-        """This step's arrays on the host; rows beyond the batch are padding that touches nothing."""
-        batch, arrays, size = members.batch, self._inputs.next_turn(), len(members.batch)
+        """What of the arrays changes from step to step."""
+        batch, arrays, size = members.batch, self._inputs.arrays, len(members.batch)
         arrays["positions"][:size] = batch.positions
-        arrays["sources"][:size] = members.sources
         arrays["tail_slots"][:size], arrays["tail_offsets"][:size] = batch.tail_places
         arrays["index"][:size] = batch.tail_lens  # of the token to draw: the prefill node's was number 0
-        arrays["forced"][:size] = NO_ROW
         for row, sequence in members.forced:
             arrays["forced"][row] = forced_token(sequence.params, int(batch.tail_lens[row]))
-        self._fill_padding(arrays, size, members.num_rows)
         if not members.plan.num_steps_left:
             members.plan = self._plan(batch, members.num_rows)
-        items, seq_items = members.plan.items, members.plan.seq_items
-        arrays["items"][: len(items)] = items
-        arrays["seq_items"][: size + 1] = seq_items
-        arrays["seq_items"][size + 1 : members.num_rows + 1] = seq_items[-1]
 
-    def _fill_padding(self, arrays: dict[str, np.ndarray], first: int, end: int) -> None:
+    def _fill_padding(self, first: int, end: int) -> None:
+        """Rows beyond the batch touch nothing; and no row is forced, unless its step says so."""
+        arrays = self._inputs.arrays
         for name in ("positions", "tail_offsets", "index"):
             arrays[name][first:end] = 0
-        for name in ("sources", "tail_slots", "forced"):
+        for name in ("sources", "tail_slots"):
             arrays[name][first:end] = NO_ROW
+        arrays["forced"][:end] = NO_ROW
 
     # --- graphs ---
 
@@ -320,12 +326,11 @@ class CudaDecode:
                 self.arena.geometry.slot_bytes, self._device,
             )  # fmt: skip
         newest = self._outputs.on_device["token_ids"].clone()  # the step before left them, and this one reads them
-        arrays = self._inputs.next_turn()
-        self._fill_padding(arrays, 0, num_rows)
-        arrays["items"][:] = EMPTY
-        arrays["seq_items"][:] = 0
+        self._fill_padding(0, num_rows)
+        self._inputs.arrays["items"][:] = EMPTY
+        self._inputs.arrays["seq_items"][:] = 0
         self._inputs.upload()
-        self._fill_constant_padding(self._constants.next_turn(), 0)
+        self._fill_constant_padding(0)
         self._constants.upload()
         self._forward(num_rows, formats)  # compiles kernels, and lets libraries choose theirs
         self._stream.synchronize()

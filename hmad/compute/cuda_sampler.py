@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from hmad.compute.cuda_buffers import Field
-from hmad.compute.device import Outcome
+from hmad.compute.device import Outcome, Outcomes
 from hmad.compute.sampler import SamplerInput, describe, non_finite
 from hmad.compute.sequence import DecodeSequence
-from hmad.facts.sampling import SampledToken, SamplingParams
+from hmad.facts.sampling import SamplingParams
 from hmad_kernels.triton_sampling import DTYPES, DeviceSampling, reset_counts, sample_rows
 
 NO_ROW = -1  # of the counts: no penalties; of forced: none
@@ -66,15 +66,13 @@ def outcomes_of(
     token_ids: np.ndarray,
     tops: np.ndarray,
     raw: Mapping[int, np.ndarray],
-) -> list[Outcome]:
+) -> Outcomes:
     """What the device has drawn; ``raw`` float32 [vocab] is there, by row, where the row's request asks for it."""
-    outcomes: list[Outcome] = list(map(SampledToken, token_ids.tolist()))
     unsound = (~np.isfinite(tops)).nonzero()[0].tolist()
+    special: dict[int, Outcome] = {row: non_finite(tops[row], int(index[row])) for row in unsound}
     for row in raw.keys() - unsound:
-        outcomes[row] = describe(raw[row], rows[row].params, int(token_ids[row]))
-    for row in unsound:
-        outcomes[row] = non_finite(tops[row], int(index[row]))
-    return outcomes
+        special[row] = describe(raw[row], rows[row].params, int(token_ids[row]))
+    return Outcomes(token_ids, special)
 
 
 def wants_logits(params: SamplingParams) -> bool:
@@ -101,7 +99,7 @@ def sample_once(logits: Tensor, rows: Sequence[SamplerInput]) -> list[Outcome]:
     tops = torch.empty(num_rows, dtype=torch.float32, device=device)
     sample_rows(logits, device_sampling(on_device, num_rows), counts, tokens, tops)
     raw = {row: logits[row].cpu().numpy() for row in settings["is_described"].nonzero()[0].tolist()}
-    return outcomes_of(rows, arrays["index"], tokens.cpu().numpy(), tops.cpu().numpy(), raw)
+    return list(outcomes_of(rows, arrays["index"], tokens.cpu().numpy(), tops.cpu().numpy(), raw))
 
 
 def token_tensor(token_ids: Sequence[int] | np.ndarray, device: torch.device) -> Tensor:

@@ -146,6 +146,32 @@ class PrefillDevice(Protocol):
 
 
 Outcome: TypeAlias = SampledToken | HmadError
+NO_TOKEN = -1
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """A step's outcomes in columns. Nearly all are a token id and nothing else: no object is made before they are read.
+
+    token_ids int64 [B]; ``special`` has, by row, errors, and tokens about which more was asked.
+    """
+
+    token_ids: np.ndarray
+    special: dict[int, Outcome]
+
+    @classmethod
+    def of(cls, outcomes: Sequence[Outcome]) -> "Outcomes":
+        token_ids = [NO_TOKEN if isinstance(outcome, HmadError) else outcome.token_id for outcome in outcomes]
+        return cls(np.array(token_ids, np.int64), dict(enumerate(outcomes)))
+
+    @property
+    def failed(self) -> list[int]:
+        """Rows that drew no token."""
+        return [row for row, outcome in self.special.items() if isinstance(outcome, HmadError)]
+
+    def __iter__(self) -> Iterator[Outcome]:
+        for row, token_id in enumerate(self.token_ids.tolist()):
+            yield self.special.get(row) or SampledToken(token_id)
 
 
 class DecodeDevice(Protocol):
@@ -153,7 +179,8 @@ class DecodeDevice(Protocol):
 
     runs_ahead: bool  # whether a step is to be launched while the one before it is still under way
 
-    def launch(self, batch: DecodeBatch) -> Callable[[], Sequence[Outcome]]:
+    def launch(self, batch: DecodeBatch) -> Callable[[], Outcomes]:
         """Begin one step. The returned call waits for it: one token for every sequence, or the error of that sequence
-        alone. ``batch`` is advanced as soon as this returns.
+        alone. ``batch`` is advanced as soon as this returns. A device that reads what its sequences say of their tails
+        and outputs settles it before.
         """

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
@@ -103,7 +103,7 @@ class DecodeRole:
         self._empty = asyncio.Event()  # nothing is held
         self._empty.set()
 
-    def deliver_from_engine(self, outputs: list[StepOutput], left: list[DecodeSequence]) -> None:
+    def deliver_from_engine(self, outputs: Iterable[StepOutput], left: list[DecodeSequence]) -> None:
         """The engine's thread hands over what a step brought, and which sequences it is through with."""
         self._loop.call_soon_threadsafe(self._deliver, outputs, left)
 
@@ -267,8 +267,9 @@ class DecodeRole:
             output_token_ids=[choice.first_token],
         )
 
-    def _deliver(self, outputs: list[StepOutput], left: list[DecodeSequence]) -> None:
+    def _deliver(self, outputs: Iterable[StepOutput], left: list[DecodeSequence]) -> None:
         """A step's tokens to the prefill nodes they belong to, one batch per session."""
+        outputs = list(outputs)
         by_session: dict[DecodeSession, list[tuple[TokenEntry, bytes]]] = defaultdict(list)
         for output in outputs:  # first of all: a failed choice ends its transfer, and no token of it may follow
             if output.error is not None:

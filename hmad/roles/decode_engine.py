@@ -1,14 +1,14 @@
 """The decode engine: continuous batching, one step after the other."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import msgspec
+import numpy as np
 
 from hmad.compute.batch import DecodeBatch
-from hmad.compute.device import DecodeDevice, Outcome
-from hmad.compute.sampler import finish_reason
+from hmad.compute.device import DecodeDevice, Outcomes
 from hmad.compute.sequence import DecodeSequence
 from hmad.facts.errors import HmadError, LocalError
 from hmad.facts.logs import get_logger
@@ -33,15 +33,43 @@ class StepOutput(msgspec.Struct, frozen=True, eq=False):
 
 
 # What became of sequences, and which of those that ended no step touches any more: their slots may go.
-Deliver = Callable[[list[StepOutput], list[DecodeSequence]], None]
+Deliver = Callable[[Iterable[StepOutput], list[DecodeSequence]], None]
 
 
 @dataclass(frozen=True)
 class LaunchedStep:
     """A step on its way. ``outcomes`` waits for it."""
 
-    sequences: Sequence[DecodeSequence]
-    outcomes: Callable[[], Sequence[Outcome]]
+    batch: DecodeBatch
+    indices: np.ndarray  # int32 [B]: of the tokens that it draws
+    outcomes: Callable[[], Outcomes]
+
+    @property
+    def sequences(self) -> list[DecodeSequence]:
+        return self.batch.sequences
+
+
+@dataclass(frozen=True)
+class StepOutputs:
+    """What a step means for its sequences, but for those that had ended when it was launched.
+
+    An object for each is made as it is read, which whoever is told does on a thread of its own.
+    """
+
+    step: LaunchedStep
+    outcomes: Outcomes
+    finish_reasons: dict[int, str]  # by row
+    ended: Collection[DecodeSequence]
+
+    def __iter__(self) -> Iterator[StepOutput]:
+        rows = zip(self.step.sequences, self.step.indices.tolist(), self.outcomes, strict=True)
+        for row, (sequence, index, outcome) in enumerate(rows):
+            if sequence in self.ended:
+                continue
+            if isinstance(outcome, HmadError):
+                yield StepOutput(sequence, index, None, None, outcome)
+            else:
+                yield StepOutput(sequence, index, outcome, self.finish_reasons.get(row))
 
 
 class DecodeEngine(Engine):
@@ -49,7 +77,8 @@ class DecodeEngine(Engine):
 
     A device that runs ahead gets the next step while it computes this one, so that what the host does is hidden. Which
     token a sequence has drawn is then known one step late, and one that turns out to have ended is in one step more,
-    whose outcome for it nobody reads.
+    whose outcome for it nobody reads. What a step brought is told when the next one is launched: whoever hears it takes
+    Python's lock, which launching needs and waiting does not.
     """
 
     def __init__(self, device: DecodeDevice, max_batch_size: int, deliver: Deliver) -> None:
@@ -64,6 +93,7 @@ class DecodeEngine(Engine):
         self._in_flight: LaunchedStep | None = None
         self._done: LaunchedStep | None = None  # to be collected
         self._ended: dict[DecodeSequence, None] = {}  # in the step in flight all the same; in order
+        self._reports: deque[tuple[Iterable[StepOutput], list[DecodeSequence]]] = deque()  # to be told
 
     def join_batch(self, sequences: Iterable[DecodeSequence]) -> None:
         """Let the sequences decode from the next step on, or as soon as the batch has room."""
@@ -88,13 +118,14 @@ class DecodeEngine(Engine):
         return len(self._waiting)
 
     def _has_work(self) -> bool:
-        return bool(self._waiting or self._dropping or self._members or self._in_flight)
+        return bool(self._waiting or self._dropping or self._members or self._in_flight or self._reports)
 
     def _work(self) -> None:
         """Compose and launch the next step; then take what the device has done."""
         self._report(self._compose())
         launched = self._launch() if self._members else None
         if self._device.runs_ahead:
+            self._tell()
             self._done, self._in_flight = self._in_flight, launched
         else:
             self._done = launched
@@ -102,6 +133,8 @@ class DecodeEngine(Engine):
             outputs = self._collect(self._done)
             self._done = None
             self._report(outputs)
+        if not self._device.runs_ahead:
+            self._tell()
 
     def _compose(self) -> list[StepOutput]:
         """Take what joined and what is to be dropped, and let those go that have had their last step."""
@@ -109,6 +142,7 @@ class DecodeEngine(Engine):
             joins = self._waiting and len(self._members) < self.max_batch_size
             if not (joins or self._dropping) and self._batch.num_steps_left > 0:
                 return []  # as before nearly every step
+            self._batch.settle()
             dropping, self._dropping = self._dropping, set()
             dropped = [s for s in (*self._members, *self._waiting) if s in dropping]
             self._waiting = deque(s for s in self._waiting if s not in dropping)
@@ -120,17 +154,18 @@ class DecodeEngine(Engine):
 
     def _launch(self) -> LaunchedStep:
         if self._members != self._batch.sequences:
+            self._batch.settle()
             self._batch = DecodeBatch(self._members)
         self._begin(len(self._batch))
         try:
             outcomes = self._device.launch(self._batch)
         except Exception as error:
             outcomes = self._failure(error, len(self._batch))
-        launched = LaunchedStep(self._batch.sequences, outcomes)
+        launched = LaunchedStep(self._batch, self._batch.tail_lens.copy(), outcomes)
         self._batch.advance()
         return launched
 
-    def _collect(self, step: LaunchedStep) -> list[StepOutput]:
+    def _collect(self, step: LaunchedStep) -> StepOutputs:
         """One token each, but for those that had ended when the step was launched."""
         try:
             outcomes = step.outcomes()
@@ -138,29 +173,27 @@ class DecodeEngine(Engine):
             outcomes = self._failure(error, len(step.sequences))()
         finally:
             self._progress()
-        return [self._output(s, o) for s, o in zip(step.sequences, outcomes, strict=True) if s not in self._ended]
+        ended = frozenset(self._ended)
+        reasons = step.batch.take(outcomes.token_ids, step.indices)
+        if step.batch is not self._batch:
+            step.batch.settle()  # it has been once already, when the next one followed it
+        self._ended |= dict.fromkeys(step.sequences[row] for row in sorted({*reasons, *outcomes.failed}))
+        return StepOutputs(step, outcomes, reasons, ended)
 
-    def _failure(self, error: Exception, num_sequences: int) -> Callable[[], Sequence[Outcome]]:
+    def _failure(self, error: Exception, num_sequences: int) -> Callable[[], Outcomes]:
         local = as_local(error, "decode")
         log.error("a decode step failed", num_sequences=num_sequences, exc_info=error)
-        return lambda: [local] * num_sequences
+        return lambda: Outcomes.of([local] * num_sequences)
 
-    def _output(self, sequence: DecodeSequence, outcome: Outcome) -> StepOutput:
-        index = len(sequence.output_token_ids)
-        if isinstance(outcome, HmadError):
-            self._ended[sequence] = None
-            return StepOutput(sequence, index, None, None, outcome)
-        sequence.output_token_ids.append(outcome.token_id)
-        reason = finish_reason(outcome.token_id, index, sequence.params)
-        if reason is not None:
-            self._ended[sequence] = None
-        return StepOutput(sequence, index, outcome, reason)
-
-    def _report(self, outputs: list[StepOutput]) -> None:
-        """Tell what became of sequences, and which of those that ended are in no step any more."""
+    def _report(self, outputs: Iterable[StepOutput]) -> None:
+        """Have it told what became of sequences, and which of those that ended are in no step any more."""
         left = self._let_go() if self._ended else []
         if outputs or left:
-            self._deliver(outputs, left)
+            self._reports.append((outputs, left))
+
+    def _tell(self) -> None:
+        while self._reports:
+            self._deliver(*self._reports.popleft())
 
     def _let_go(self) -> list[DecodeSequence]:
         """What has ended is in no further step; and no longer ours, once it is in none."""
@@ -175,7 +208,9 @@ class DecodeEngine(Engine):
         with self._wake:
             launched = [s for step in (self._done, self._in_flight) if step for s in step.sequences]
             there = dict.fromkeys([*launched, *self._members, *self._waiting, *self._ended])
+            self._batch.settle()
             self._members, self._waiting, self._done, self._in_flight = [], deque(), None, None
             failed = [s for s in there if s not in self._ended]
             self._ended.clear()
+        self._tell()
         self._deliver([StepOutput(s, len(s.output_token_ids), None, None, error) for s in failed], list(there))
