@@ -30,6 +30,7 @@ from hmad_kernels.cpu_common import (
     to_f32,
 )
 from hmad_kernels.cpu_team import by_dtype, float_word, share_of, word_float
+from hmad_kernels.cpu_turn import turn_block, turn_row, turned
 
 INT8_MAX = 127.0
 TINY_ROW = 2.0**-100  # rows below it quantize to zeros: 127 / max|x| must stay finite
@@ -186,18 +187,18 @@ def _quantize(x_address, out_address, scales_address, begin, end, n, tag):
 
 
 @njit(**COMPILE)
-def rope_row(row, half, cos_sin, angle_base, x, base):
-    """Rotate one normed head (float32 scratch) and store it; each product is rounded, as the unfused model does."""
+def rope_row(row, half, cos_sin, base):
+    """Rotate one normed head (float32 scratch); each product is rounded, as the unfused model does."""
     for c in range(half):
-        cos, sin = to_f32(cos_sin[angle_base + c]), to_f32(cos_sin[angle_base + half + c])
+        cos, sin = to_f32(cos_sin[base + c]), to_f32(cos_sin[base + half + c])
         low, high = row[c], row[half + c]
-        store_f32(x, base + c, rounded(low * cos, x) - rounded(high * sin, x))
-        store_f32(x, base + half + c, rounded(high * cos, x) + rounded(low * sin, x))
+        row[c] = rounded(low * cos, cos_sin) - rounded(high * sin, cos_sin)
+        row[half + c] = rounded(high * cos, cos_sin) + rounded(low * sin, cos_sin)
 
 
 @njit(**COMPILE)
 def _qk_norm_rope(qkv_address, scales_address, q_weight_address, k_weight_address, cos_sin_address,
-                  num_heads, num_kv_heads, begin, end, head_dim, eps, tag):  # fmt: skip
+                  num_heads, num_kv_heads, begin, end, head_dim, block, eps, tag):  # fmt: skip
     qkv, cos_sin = pointer(qkv_address, tag), pointer(cos_sin_address, tag)
     q_weight, k_weight = pointer(q_weight_address, tag), pointer(k_weight_address, tag)
     row = np.empty(head_dim, np.float32)
@@ -207,7 +208,9 @@ def _qk_norm_rope(qkv_address, scales_address, q_weight_address, k_weight_addres
         for h in range(num_rotated):
             base = first + h * head_dim
             norm_row(qkv, base, q_weight if h < num_heads else k_weight, head_dim, eps, scale, row)
-            rope_row(row, head_dim // 2, cos_sin, r * head_dim, qkv, base)
+            rope_row(row, head_dim // 2, cos_sin, r * head_dim)
+            turn_row(row, head_dim, block)
+            store_row(row, head_dim, qkv, base)
         if scales_address:
             for c in range(num_rotated * head_dim, (num_rotated + num_kv_heads) * head_dim):
                 store_f32(qkv, first + c, to_f32(qkv[first + c]) * scale)
@@ -225,7 +228,7 @@ def _run_share(job, tag):
     elif kernel == QUANTIZE:
         _quantize(job[5], job[6], job[7], begin, end, n, tag)
     elif kernel == QK_NORM_ROPE:
-        _qk_norm_rope(job[5], job[6], job[7], job[8], job[9], job[10], job[11], begin, end, n, eps, tag)
+        _qk_norm_rope(job[5], job[6], job[7], job[8], job[9], job[10], job[11], begin, end, n, job[12], eps, tag)
 
 
 @functools.cache
@@ -341,7 +344,7 @@ def qk_norm_rope(
     num_kv_heads: int,
     eps: float,
 ) -> torch.Tensor:
-    """RMS norm per head, then rotary embedding, in place on the q and k heads of qkv [T, (H + 2 Hkv) * D].
+    """RMS norm per head, rotary embedding and ``turned``, in place on the q and k heads of qkv [T, (H + 2 Hkv) * D].
 
     q_weight, k_weight [D]; cos_sin [T, D] holds each row's D/2 cosines, then its D/2 sines. Returns qkv, scaled.
     """
@@ -349,7 +352,8 @@ def qk_norm_rope(
     num_rows, width = values.shape[0], (num_heads + 2 * num_kv_heads) * head_dim
     _check(values, (q_weight, (head_dim,)), (k_weight, (head_dim,)), (cos_sin, (num_rows, head_dim)))
     addresses = *_addresses(values, qkv, (num_rows, width)), q_weight.data_ptr(), k_weight.data_ptr()
-    _run(QK_NORM_ROPE, values, num_rows, head_dim, eps, *addresses, cos_sin.data_ptr(), num_heads, num_kv_heads)
+    words = *addresses, cos_sin.data_ptr(), num_heads, num_kv_heads, turn_block(head_dim)
+    _run(QK_NORM_ROPE, values, num_rows, head_dim, eps, *words)
     return values
 
 
@@ -408,8 +412,10 @@ def qk_norm_rope_reference(
     cos, sin = cos_sin.unsqueeze(1).chunk(2, dim=-1)  # [T, 1, D/2]
     rotated = []
     for low, high in (_normed(q, q_weight, eps).chunk(2, dim=-1), _normed(k, k_weight, eps).chunk(2, dim=-1)):
-        rotated.append(torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1))
-    return torch.cat((*rotated, v.to(cos.dtype)), dim=1).flatten(1)
+        first = (low * cos).float() - (high * sin).float()
+        second = (high * cos).float() + (low * sin).float()
+        rotated.append(turned(torch.cat((first, second), dim=-1)))
+    return torch.cat((*rotated, v), dim=1).flatten(1).to(cos.dtype)
 
 
 def warm_up() -> None:

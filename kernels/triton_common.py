@@ -133,6 +133,33 @@ def store_rounded(pointers, x, mask):
 
 
 @triton.jit
+def butterflies(x, BLOCK: tl.constexpr):
+    """Each ``BLOCK`` consecutive values, a power of two up to 256, times Sylvester's Hadamard matrix, unscaled: by the
+    sums of ``turned`` in cpu_turn, in their order.
+
+    Nothing goes through shared memory as long as a warp holds the block: what a value is paired with is in its thread,
+    or one shuffle away.
+    """
+    for stage in tl.static_range(8):
+        if BLOCK >> (stage + 1) > 0:
+            x = _butterfly(x, BLOCK >> (stage + 1))
+    return x
+
+
+@triton.jit
+def _butterfly(x, APART: tl.constexpr):
+    """The sums of values that stand APART apart, and their differences."""
+    pairs = tl.reshape(x, [x.numel // (2 * APART), 2, APART])
+    if INTERPRETED:  # it would fold by a loop in Python
+        partner = tl.flip(pairs, 1)
+    else:
+        bits = bits_of(pairs)
+        partner = float_of(bits ^ tl.xor_sum(bits, axis=1, keep_dims=True))
+    sign = 1.0 - 2.0 * tl.arange(0, 2).to(tl.float32)[None, :, None]
+    return tl.reshape(tl.fma(pairs, tl.broadcast_to(sign, pairs.shape), partner), x.shape)
+
+
+@triton.jit
 def divide(x, divisors):
     """x over divisors that are spread over it, correctly rounded for quotients above 2^-100 (quantizing rounds smaller
     ones to zero).

@@ -1,8 +1,9 @@
-"""Norm and rotary embedding of the q and k heads on the GPU, for decode fused with the append to the arena.
+"""Norm, rotary embedding and Hadamard turn of the q and k heads on the GPU, for decode fused with the append to the
+arena.
 
 The reference twins are ``qk_norm_rope`` of ``cpu_rows`` and ``append_kv`` of ``cpu_append``. Values are rounded
 where theirs are, so all is equal bit for bit but for the order of a head's sum of squares, which may move a normed
-value by one place before it is weighted and rotated. Limit: bytes read and written over memory bandwidth.
+value by one place before it is weighted, rotated and turned. Limit: bytes read and written over memory bandwidth.
 """
 
 import torch
@@ -16,6 +17,7 @@ from hmad_kernels.triton_common import (
     INFINITY_BITS,
     TOKENS_PER_BLOCK,
     bits_of,
+    butterflies,
     check_head_dim,
     check_metadata,
     check_place,
@@ -41,7 +43,7 @@ def qk_norm_rope(
     num_kv_heads: int,
     eps: float,
 ) -> torch.Tensor:
-    """RMS norm per head, then rotary embedding, in place on the q and k heads of qkv [T, (H + 2 Hkv) * D].
+    """RMS norm per head, rotary embedding and turn, in place on the q and k heads of qkv [T, (H + 2 Hkv) * D].
 
     q_weight, k_weight [D]; rope_table [max_positions, D]: D/2 cosines, then D/2 sines; all of one type, float32 or
     bfloat16. positions int64 [T]; a row whose position the table does not have gets zeros. Returns qkv. Raises
@@ -171,8 +173,11 @@ def _norm_rope_kernel(
     angle = rope_table + position * HEAD_DIM + columns
     cos = to_f32(tl.load(angle, mask=known, other=0.0))[None, :]
     sin = to_f32(tl.load(angle + HALF, mask=known, other=0.0))[None, :]
-    turned_low = rounded(normed_low * cos, DTYPE) - rounded(normed_high * sin, DTYPE)
-    turned_high = rounded(normed_high * cos, DTYPE) + rounded(normed_low * sin, DTYPE)
+    rotated_low = rounded(normed_low * cos, DTYPE) - rounded(normed_high * sin, DTYPE)
+    rotated_high = rounded(normed_high * cos, DTYPE) + rounded(normed_low * sin, DTYPE)
+    SCALE: tl.constexpr = HEAD_DIM**-0.5
+    turned_low = butterflies(rotated_low + rotated_high, HALF) * SCALE
+    turned_high = butterflies(rotated_low - rotated_high, HALF) * SCALE
     if TAIL is None:
         store_rounded(source, turned_low, exists[:, None])
         store_rounded(source + HALF, turned_high, exists[:, None])

@@ -5,10 +5,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from hmad.compute.codecs import decode, encode
 from hmad.compute.linears import Int8Linear, make_linear, round_bfp8, round_e4m3, stacked
 from hmad.facts.errors import ModelError
+from hmad.facts.formats import FORMATS
 from hmad_kernels import cpu_rows
 from hmad_kernels.cpu_rows import ScaledRows, wide
+from hmad_kernels.cpu_turn import turned
 
 BF16_ULP = 2.0**-7  # spacing of bfloat16 above 1: seven fraction bits
 DTYPES = (torch.bfloat16, torch.float32)
@@ -112,6 +115,56 @@ def test_zero_rows_stay_zero_and_nan_rows_nan() -> None:
         assert y[1].isnan().any()
 
 
+# --- the turn ---------------------------------------------------------------------------------------------------------
+
+
+def hadamard(size: int) -> np.ndarray:
+    """Sylvester's, orthonormal, float64."""
+    matrix = np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.kron([[1, 1], [1, -1]], matrix)
+    return matrix / np.sqrt(size)
+
+
+# 100 and 7 have no power of two of note, and 1024 has more than is turned together.
+@pytest.mark.parametrize(
+    ("width", "block"), [(128, 128), (64, 64), (1024, 256), (768, 256), (96, 32), (80, 16), (8, 8), (100, 4), (7, 1)]
+)
+def test_turning_is_a_product_with_hadamard_matrices_and_its_own_inverse(width: int, block: int) -> None:
+    rows = randn(5, width, dtype=torch.float32)
+    exact = (rows.double().numpy().reshape(-1, block) @ hadamard(block)).reshape(5, width)
+    np.testing.assert_allclose(turned(rows).numpy(), exact, rtol=0, atol=2e-6)
+    torch.testing.assert_close(turned(turned(rows)), rows, rtol=0, atol=4e-6)
+
+
+def test_a_key_with_an_outlier_channel_loses_less() -> None:
+    keys, values = randn(32, 2, 128, dtype=torch.float32), randn(32, 2, 128, dtype=torch.float32, seed=1)
+    keys[:, :, 5] += 50
+
+    def noise(k: Tensor) -> float:
+        blocks = encode(FORMATS["int8"], k, values)
+        return float((decode(FORMATS["int8"], blocks, *k.shape)[0] - k).norm())
+
+    assert noise(turned(keys)) < noise(keys) / 4
+
+
+@pytest.mark.parametrize("head_dim", [8, 64, 96, 128])
+def test_attention_sees_no_turn(head_dim: int) -> None:
+    """q.k in float64 of heads that were normed and rotated, but not turned."""
+    qkv, ones = randn(9, 4 * head_dim, dtype=torch.float32), torch.ones(head_dim)
+    angles = randn(9, head_dim // 2, dtype=torch.float32, seed=1)
+    cos, sin = angles.double().cos()[:, None], angles.double().sin()[:, None]
+    heads = qkv.double().view(9, 4, head_dim)[:, :3]
+    low, high = (heads * torch.rsqrt(heads.square().mean(-1, keepdim=True) + 1e-6)).chunk(2, dim=-1)
+    exact = torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+    table = torch.cat((angles.cos(), angles.sin()), dim=1)
+    found = cpu_rows.qk_norm_rope(qkv, ones, ones, table, 2, 1, 1e-6).view(9, 4, head_dim).double()
+    for head in range(2):
+        torch.testing.assert_close(
+            found[:, head] @ found[:, 2].T, exact[:, head] @ exact[:, 2].T, rtol=0, atol=1e-6 * head_dim
+        )
+
+
 # --- row kernels against their twins ----------------------------------------------------------------------------------
 
 
@@ -160,7 +213,7 @@ def test_fused_quantization_equals_quantization_after(dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(1, 1, 8), (5, 1, 128), (8, 2, 64)])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(1, 1, 8), (5, 1, 128), (8, 2, 64), (2, 1, 96)])
 def test_qk_norm_rope(dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
     qkv = randn(70, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype)
     weights = randn(head_dim, dtype=dtype, seed=1), randn(head_dim, dtype=dtype, seed=2)

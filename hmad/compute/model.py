@@ -40,12 +40,16 @@ class Backend(Protocol):
     def qk_norm_rope(
         self, qkv: Any, q_norm: Tensor, k_norm: Tensor, angles: Any, num_heads: int, num_kv_heads: int, eps: float
     ) -> Tensor:
-        """The product [T, (H + 2 Hkv) * D] with q and k normed by head and rotated, as a tensor."""
+        """The product [T, (H + 2 Hkv) * D] with q and k normed by head, rotated and turned, as a tensor."""
 
 
 @dataclass(frozen=True)
 class Projected:
-    """Rows as attention gets them: q, k and v of one layer in one product, normed and rotated or yet to be."""
+    """Rows as attention gets them: q, k and v of one layer in one product, normed and rotated or yet to be.
+
+    Heads that are rotated are also turned: q and k times one orthonormal Hadamard matrix (``cpu_turn.turned``), which
+    changes no product of theirs, but spreads what is large in a key over all its values before a format rounds them.
+    """
 
     product: Any  # [T, (H + 2 Hkv) * D]
     q_norm: Tensor  # [D]
@@ -172,7 +176,7 @@ class Qwen3:
         return self._backend.final_norm(residual, delta, self._final_norm, self.config.rms_norm_eps)
 
     def heads(self, rows: Projected) -> tuple[Tensor, Tensor, Tensor]:
-        """q [T, H, D], k and v [T, Hkv, D], normed and rotated: views of one buffer, whose tokens are
+        """q [T, H, D], k and v [T, Hkv, D], rotated and turned: views of one buffer, whose tokens are
         (H + 2 Hkv) * D values apart and whose heads are contiguous.
         """
         qkv = rows.product if rows.is_rotated else self.rotate(rows)
@@ -182,7 +186,7 @@ class Qwen3:
         return heads[:, :num_heads], heads[:, num_heads:num_rotated], heads[:, num_rotated:]
 
     def rotate(self, rows: Projected) -> Tensor:
-        """[T, (H + 2 Hkv) * D]: q and k normed by head and rotated."""
+        """[T, (H + 2 Hkv) * D]: q and k normed by head, rotated and turned."""
         config = self.config
         return self._backend.qk_norm_rope(
             rows.product, rows.q_norm, rows.k_norm, rows.angles, config.num_heads, config.num_kv_heads,
