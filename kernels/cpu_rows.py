@@ -168,11 +168,14 @@ def _add_rms_norm(x_address, delta_address, delta_scales_address, weight_address
 
 
 @njit(**COMPILE)
-def _silu_mul(gate_up_address, gate_up_scales_address, out_address, scales_address, begin, end, n, tag):
+def _silu_mul(gate_up_address, gate_up_scales_address, out_address, scales_address, begin, end, n, block, tag):
+    """Turned where it is quantized."""
     gate_up = pointer(gate_up_address, tag)
     row = np.empty(n, np.float32)
     for r in range(begin, end):
         silu_mul_row(gate_up, r * 2 * n, n, scale_of(gate_up_scales_address, r), row)
+        if scales_address:
+            turn_row(row, n, block)
         emit_row(row, n, r, out_address, scales_address, tag)
 
 
@@ -224,7 +227,7 @@ def _run_share(job, tag):
     if kernel == ADD_RMS_NORM:
         _add_rms_norm(job[5], job[6], job[7], job[8], job[9], job[10], begin, end, n, eps, tag)
     elif kernel == SILU_MUL:
-        _silu_mul(job[5], job[6], job[7], job[8], begin, end, n, tag)
+        _silu_mul(job[5], job[6], job[7], job[8], begin, end, n, job[9], tag)
     elif kernel == QUANTIZE:
         _quantize(job[5], job[6], job[7], begin, end, n, tag)
     elif kernel == QK_NORM_ROPE:
@@ -307,7 +310,7 @@ def add_rms_norm_int8(x: torch.Tensor, delta: Product | None, weight: torch.Tens
 def _launch_silu_mul(gate_up: Product, out: torch.Tensor, scales: int) -> None:
     values, (num_rows, n) = _values(gate_up), out.shape
     addresses = _addresses(values, gate_up, (num_rows, 2 * n))
-    _run(SILU_MUL, values, num_rows, n, 0.0, *addresses, out.data_ptr(), scales)
+    _run(SILU_MUL, values, num_rows, n, 0.0, *addresses, out.data_ptr(), scales, turn_block(n))
 
 
 def silu_mul(gate_up: Product) -> torch.Tensor:
@@ -319,7 +322,7 @@ def silu_mul(gate_up: Product) -> torch.Tensor:
 
 
 def silu_mul_int8(gate_up: Product) -> Int8Rows:
-    """``silu_mul`` whose result is quantized row by row."""
+    """``silu_mul`` whose result is ``turned``, which spreads its outliers, and quantized row by row."""
     values = _values(gate_up)
     out = _room_for_int8(values.shape[0], values.shape[1] // 2)
     _launch_silu_mul(gate_up, out.values, out.scales.data_ptr())
@@ -387,7 +390,7 @@ def silu_mul_reference(gate_up: Product) -> torch.Tensor:
 
 
 def quantize_int8_reference(x: torch.Tensor) -> Int8Rows:
-    """``quantize_int8``, unfused. The ``_int8`` launchers equal their plain twin followed by this."""
+    """``quantize_int8``, unfused. The ``_int8`` launchers equal their plain twin (silu's turned) followed by this."""
     rows = x.float()
     largest = rows.abs().amax(-1, keepdim=True)
     tiny = largest < TINY_ROW

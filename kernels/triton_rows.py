@@ -15,10 +15,12 @@ import triton
 import triton.language as tl
 
 from hmad_kernels.cpu_rows import Int8Rows
+from hmad_kernels.cpu_turn import turn_block
 from hmad_kernels.triton_common import (
     DTYPES,
     ROUND_TO_INTEGER,
     bits_of,
+    butterflies,
     check_place,
     check_tensor,
     divide,
@@ -97,7 +99,7 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def silu_mul_int8(gate_up: torch.Tensor) -> Int8Rows:
-    """``silu_mul`` whose result is quantized row by row."""
+    """``silu_mul`` whose result is ``turned``, which spreads its outliers, and quantized row by row."""
     out = _room_for_int8(gate_up, *_halves(gate_up))
     _launch_silu_mul(gate_up, INT8.value, *out)
     return out
@@ -191,7 +193,7 @@ def _launch_silu_mul(gate_up: torch.Tensor, emit: int, out: torch.Tensor, scales
 
 def silu_constants(width: int, emit: int, *, hardware_e4m3: bool) -> dict[str, int | bool]:
     """The compile-time constants of ``silu_mul``, whose program needs its whole row only for a scale."""
-    constants = row_constants(width, emit, hardware_e4m3=hardware_e4m3)
+    constants = row_constants(width, emit, hardware_e4m3=hardware_e4m3) | {"TURN": turn_block(width)}
     return constants | {"BLOCK": PIECE} if emit == PLAIN.value else constants
 
 
@@ -270,9 +272,9 @@ def _add_rms_norm_kernel(
 @triton.jit
 def _silu_mul_kernel(
     gate_up, out, scales,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, EMIT: tl.constexpr, HARDWARE_E4M3: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, TURN: tl.constexpr, EMIT: tl.constexpr, HARDWARE_E4M3: tl.constexpr,
 ):  # fmt: skip
-    """One row, or a piece of one where nothing asks for its largest value."""
+    """One row, or a piece of one where nothing asks for its largest value. Turned where it becomes int8."""
     r = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     exists = columns < WIDTH
@@ -280,6 +282,9 @@ def _silu_mul_kernel(
     gate = to_f32(tl.load(gate_up + r * (2 * WIDTH) + columns, mask=exists, other=0.0))
     up = to_f32(tl.load(gate_up + r * (2 * WIDTH) + WIDTH + columns, mask=exists, other=0.0))
     row = rounded(rounded(gate / (1.0 + tl.exp(-gate)), DTYPE) * up, DTYPE)
+    if EMIT == INT8:
+        SCALE: tl.constexpr = TURN**-0.5
+        row = butterflies(row, TURN) * SCALE
     _emit_row(row, r, columns, exists, out, scales, WIDTH, EMIT, HARDWARE_E4M3)
 
 

@@ -1,12 +1,14 @@
 """Linear layers and row kernels against float64 and their reference twins."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from hmad.compute.codecs import decode, encode
-from hmad.compute.linears import Int8Linear, make_linear, round_bfp8, round_e4m3, stacked
+from hmad.compute.linears import Int8Linear, Linear, make_down, make_linear, round_bfp8, round_e4m3, stacked
 from hmad.facts.errors import ModelError
 from hmad.facts.formats import FORMATS
 from hmad_kernels import cpu_rows
@@ -71,6 +73,40 @@ def test_linear_equals_float64_of_the_same_numerics(precision: str, num_rows: in
 def test_int8_takes_rows_already_quantized() -> None:
     linear, x = make_linear("int8", randn(32, 64, seed=1)), randn(5, 64)
     assert torch.equal(wide(linear(cpu_rows.quantize_int8(x))), wide(linear(x)))
+    down, gate_up = make_down("int8", randn(32, 64, seed=1)), randn(5, 128)
+    assert torch.equal(wide(down(cpu_rows.silu_mul_int8(gate_up))), wide(down(cpu_rows.silu_mul(gate_up))))
+
+
+@pytest.mark.parametrize("width", [96, 768])
+@pytest.mark.parametrize("outlier", [1, 100])
+def test_int8_down_equals_float64_of_the_same_numerics(width: int, outlier: int) -> None:
+    x, weight = randn(7, width), randn(48, width, seed=1)
+    x[:, 5] *= outlier
+    exact = exact_int8(turned(x)) @ exact_int8(turned(weight)).T
+    np.testing.assert_allclose(
+        wide(make_down("int8", weight)(x)).double().numpy(), exact, rtol=1.01 * BF16_ULP, atol=2e-5 * outlier
+    )
+
+
+def test_what_turning_gains_int8_down() -> None:
+    """With outliers nearly all the error; without, nothing is lost."""
+    x, weight = randn(64, 768), randn(48, 768, seed=1)
+
+    def error_of(product: Tensor) -> float:
+        return float((product.double() - x.double() @ weight.double().T).norm())
+
+    def gain() -> float:
+        return error_of(wide(make_linear("int8", weight)(x))) / error_of(wide(make_down("int8", weight)(x)))
+
+    assert 0.9 < gain() < 1.2
+    x[:, 5::256] *= 100
+    assert gain() > 4
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8", "bfp8"])
+def test_the_other_precisions_do_not_turn(precision: str) -> None:
+    x, weight = randn(5, 64, dtype=torch.float32 if precision == "fp32" else torch.bfloat16), randn(32, 64, seed=1)
+    assert torch.equal(make_down(precision, weight)(x), make_linear(precision, weight)(x))
 
 
 def test_int8_sums_are_exact() -> None:
@@ -80,11 +116,12 @@ def test_int8_sums_are_exact() -> None:
     assert y.unique().tolist() == [127.0 * 2048]
 
 
+@pytest.mark.parametrize("make", [make_linear, make_down])
 @pytest.mark.parametrize("precision", ["bf16", "int8", "fp8", "bfp8"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
-def test_weights_of_every_stored_dtype_load(precision: str, dtype: torch.dtype) -> None:
+def test_weights_of_every_stored_dtype_load(precision: str, dtype: torch.dtype, make: Callable[..., Linear]) -> None:
     weight, x = randn(32, 64, seed=1), randn(4, 64)
-    expected, actual = (wide(make_linear(precision, stored)(x)) for stored in (weight, weight.to(dtype)))
+    expected, actual = (wide(make(precision, stored)(x)) for stored in (weight, weight.to(dtype)))
     torch.testing.assert_close(actual, expected, atol=0.05, rtol=0)
 
 
@@ -202,10 +239,11 @@ def test_quantize_int8(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fused_quantization_equals_quantization_after(dtype: torch.dtype) -> None:
-    x, weight, gate_up = randn(5, 64, dtype=dtype), randn(64, dtype=dtype), randn(5, 128, dtype=dtype)
+    x, weight = randn(5, 64, dtype=dtype), randn(64, dtype=dtype)
+    every_block = [randn(3, 2 * 3 * block, dtype=dtype) for block in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)]
     for fused, plain in (
         (cpu_rows.add_rms_norm_int8(x, None, weight, 1e-6), cpu_rows.add_rms_norm(x, None, weight, 1e-6)),
-        (cpu_rows.silu_mul_int8(gate_up), cpu_rows.silu_mul(gate_up)),
+        *((cpu_rows.silu_mul_int8(rows), turned(cpu_rows.silu_mul(rows))) for rows in every_block),
     ):
         expected = cpu_rows.quantize_int8(plain)
         assert torch.equal(fused.values, expected.values)

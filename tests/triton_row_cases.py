@@ -13,6 +13,7 @@ from hmad.compute.linears import round_bfp8, round_e4m3
 from hmad_kernels import cpu_rows, triton_rope, triton_rows
 from hmad_kernels.cpu_append import append_kv
 from hmad_kernels.cpu_rows import Int8Rows, quantize_int8_reference
+from hmad_kernels.cpu_turn import turn_block, turned
 from hmad_kernels.triton_rows import E4M3Rows
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -119,11 +120,12 @@ def test_silu_is_within_a_rounding_of_the_cpu_kernel(dtype: torch.dtype, width: 
 
 
 @both_dtypes
-def test_quantized_silu_is_silu_quantized(dtype: torch.dtype) -> None:
-    """Of what the same exponential gave: the plain kernel's result."""
-    gate_up = 5 * torch.randn(3, 2080, generator=torch.Generator().manual_seed(0)).to(dtype)
+@pytest.mark.parametrize("width", [1040, 96, 64, 128, 768], ids=lambda width: f"blocks of {turn_block(width)}")
+def test_quantized_silu_is_silu_quantized(dtype: torch.dtype, width: int) -> None:
+    """Of what the same exponential gave: the plain kernel's result, for int8 turned."""
+    gate_up = 5 * torch.randn(3, 2 * width, generator=torch.Generator().manual_seed(0)).to(dtype)
     plain = launch(triton_rows.silu_mul, gate_up)
-    assert_same(launch(triton_rows.silu_mul_int8, gate_up), quantize_int8_reference(plain))
+    assert_same(launch(triton_rows.silu_mul_int8, gate_up), quantize_int8_reference(turned(plain)))
     assert_same(launch(triton_rows.silu_mul_fp8, gate_up), e4m3_reference(plain))
 
 

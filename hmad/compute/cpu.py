@@ -20,7 +20,7 @@ from hmad.compute.device import (
     PrefillResult,
     non_finite,
 )
-from hmad.compute.linears import Linear, make_linear
+from hmad.compute.linears import Linear, make_down, make_linear
 from hmad.compute.model import Projected, Qwen3
 from hmad.compute.sampler import SamplerInput, sample
 from hmad.compute.sequence import DecodeSequence
@@ -56,6 +56,9 @@ class CpuBackend:
 
     def make_linear(self, *parts: torch.Tensor) -> Linear:
         return make_linear(self._precision, *parts)
+
+    def make_down(self, *parts: torch.Tensor) -> Linear:
+        return make_down(self._precision, *parts)
 
     def angles(self, rope_table: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return rope_table.index_select(0, positions)

@@ -15,6 +15,7 @@ from hmad.compute.linears import Linear, activation_dtype, row_runs, stacked
 from hmad.facts.errors import ConfigError
 from hmad_kernels import triton_linear, triton_rope, triton_rows
 from hmad_kernels.cpu_rows import Int8Rows
+from hmad_kernels.cpu_turn import turned
 from hmad_kernels.triton_rows import E4M3Rows, e4m3_dtype
 
 INT8_MIN_ROWS = 32  # torch's int8 product takes no fewer than 17
@@ -51,6 +52,11 @@ class CudaBackend:
             case "bfp8":
                 return Bfp8Linear(placed)
         return PlainLinear(placed, activation_dtype(self._precision))
+
+    def make_down(self, *parts: Tensor) -> Linear:
+        if self._precision == "int8":
+            return Int8Linear([part.to(self.device) for part in parts], turns=True)
+        return self.make_linear(*parts)
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         return product(x, weight)
@@ -128,20 +134,27 @@ class Bfp8Linear:
 
 
 class Int8Linear:
-    """W8A8: symmetric weights per output channel, symmetric activations per token, exact int32 sums."""
+    """W8A8: symmetric weights per output channel, symmetric activations per token, exact int32 sums; both ``turned``
+    before that, where it ``turns``."""
 
-    def __init__(self, parts: Sequence[Tensor]) -> None:
-        values, self._scales = quantized(parts, torch.int8, triton_rows.quantize_int8)
+    def __init__(self, parts: Sequence[Tensor], *, turns: bool = False) -> None:
+        self._quantize = quantize_turned if turns else triton_rows.quantize_int8
+        values, self._scales = quantized(parts, torch.int8, self._quantize)
         self.weight_bytes = values.nbytes + self._scales.nbytes
         self._weight = values.t()
 
     def __call__(self, x: Tensor | Int8Rows, /) -> Tensor:
-        values, scales = x if isinstance(x, Int8Rows) else triton_rows.quantize_int8(x)
+        values, scales = x if isinstance(x, Int8Rows) else self._quantize(x)
         num_rows = len(values)
         if num_rows < INT8_MIN_ROWS:
             values = pad(values, (0, 0, 0, INT8_MIN_ROWS - num_rows))
         sums = torch._int_mm(values, self._weight)[:num_rows]
         return triton_rows.scale_int32(sums, scales, self._scales)
+
+
+def quantize_turned(x: Tensor) -> Int8Rows:
+    """Rows turned, then quantized, as they leave ``silu_mul_int8``."""
+    return triton_rows.quantize_int8(turned(x))
 
 
 class Float8Linear:

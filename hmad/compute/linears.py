@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 
 from hmad.facts.errors import ConfigError, ModelError
 from hmad_kernels.cpu_rows import Int8Rows, Product, ScaledRows, quantize_int8
+from hmad_kernels.cpu_turn import turned
 
 E4M3_MAX = 448.0
 BFP8_GROUP = 16  # values that share an exponent
@@ -94,17 +95,23 @@ def blocked_product(weight: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 class Int8Linear:
-    """W8A8: symmetric weights per output channel, symmetric activations per token, exact int32 sums."""
+    """W8A8: symmetric weights per output channel, symmetric activations per token, exact int32 sums.
 
-    def __init__(self, parts: Sequence[Tensor]) -> None:
+    ``turns``: x and the weight are ``turned`` along K before each is quantized. Their product stays what it is, but an
+    outlier is spread over its block, so that it takes less of the others' only scale. Rows that come quantized have
+    been turned.
+    """
+
+    def __init__(self, parts: Sequence[Tensor], *, turns: bool = False) -> None:
         check_integer_products()
-        values, self._scales = quantize_weight_int8(parts)
+        self._turns = turns
+        values, self._scales = quantize_weight_int8(parts, turns=turns)
         self.weight_bytes = values.nbytes + self._scales.nbytes
         self._zeros = torch.zeros(len(values), dtype=torch.int32)
         self._packed = torch.ops.onednn.qlinear_prepack(values, None)
 
     def __call__(self, x: Activation, /) -> ScaledRows:
-        rows = x if isinstance(x, Int8Rows) else quantize_int8(x)
+        rows = x if isinstance(x, Int8Rows) else quantize_int8(turned(x) if self._turns else x)
         return ScaledRows(
             int8_product(rows.values, self._packed, self._scales, self._zeros, torch.bfloat16), rows.scales
         )
@@ -117,12 +124,12 @@ def int8_product(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, out_d
     return y
 
 
-def quantize_weight_int8(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Parts [N_i, K] -> int8 [N, K] and float32 scales [N], a run of rows at a time."""
+def quantize_weight_int8(parts: Sequence[Tensor], *, turns: bool) -> tuple[Tensor, Tensor]:
+    """Parts [N_i, K], turned or not -> int8 [N, K] and float32 scales [N], a run of rows at a time."""
     num_channels, k = sum(len(part) for part in parts), parts[0].shape[1]
     values, scales = torch.empty((num_channels, k), dtype=torch.int8), torch.empty(num_channels)
     for begin, run in row_runs(parts):
-        rows = quantize_int8(run.float() if run.dtype == torch.float16 else run)
+        rows = quantize_int8(turned(run) if turns else run.float() if run.dtype == torch.float16 else run)
         values[begin : begin + len(run)], scales[begin : begin + len(run)] = rows
     return values, scales
 
@@ -212,6 +219,12 @@ PRECISIONS = tuple(_LINEARS)
 def make_linear(precision: str, *parts: Tensor) -> Linear:
     """A linear layer of weight ``parts`` [N_i, K] (float32, float16 or bfloat16), stacked along N."""
     return _LINEARS[precision](parts)
+
+
+def make_down(precision: str, *parts: Tensor) -> Linear:
+    """The linear layer whose input is silu(gate) * up. Its outliers are what int8 loses most by; the other precisions
+    have an exponent for each value or for a few."""
+    return Int8Linear(parts, turns=True) if precision == "int8" else make_linear(precision, *parts)
 
 
 def activation_dtype(precision: str) -> torch.dtype:

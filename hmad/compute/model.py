@@ -1,6 +1,6 @@
 """Qwen3: one forward for both phases and every device. What attention does with K and V is the caller's business."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +21,9 @@ class Backend(Protocol):
 
     def make_linear(self, *parts: Tensor) -> Linear:
         """A linear layer of a weight that comes in parts [N_i, K], stacked along N."""
+
+    def make_down(self, *parts: Tensor) -> Linear:
+        """The same of a layer that takes what ``silu_mul`` gives."""
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """x [T, K] by a weight [N, K] that stays in its own type, such as the LM head's."""
@@ -108,18 +111,19 @@ class Qwen3:
         def read(name: str) -> Tensor:
             return self._read(f"{prefix}.{name}.weight")
 
-        def make(*names: str) -> Linear:
-            return self._backend.make_linear(*(self._weights.read(f"{prefix}.{name}.weight") for name in names))
+        def parts(*names: str) -> Iterator[Tensor]:
+            return (self._weights.read(f"{prefix}.{name}.weight") for name in names)
 
+        make = self._backend.make_linear
         return Layer(
             input_norm=read("input_layernorm"),
-            qkv=make("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            qkv=make(*parts("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
             q_norm=read("self_attn.q_norm"),
             k_norm=read("self_attn.k_norm"),
-            o=make("self_attn.o_proj"),
+            o=make(*parts("self_attn.o_proj")),
             post_norm=read("post_attention_layernorm"),
-            gate_up=make("mlp.gate_proj", "mlp.up_proj"),
-            down=make("mlp.down_proj"),
+            gate_up=make(*parts("mlp.gate_proj", "mlp.up_proj")),
+            down=self._backend.make_down(*parts("mlp.down_proj")),
         )
 
     @property
