@@ -455,12 +455,8 @@ def _attend_words(
     A step begins with the loads of the next one's block, K and V together: so they are one run of memory.
     """
     BLOCKWISE: tl.constexpr = FORMAT >= MXFP8  # exponents of blocks of values, not scales of tokens
-    if FORMAT == BFP8:
-        SCALE: tl.constexpr = BFP8_SCALE
-    elif FORMAT >= FP8_E4M3 and CAPABILITY < E4M3_CAPABILITY:
-        SCALE: tl.constexpr = E4M3_PLACED_SCALE
-    else:
-        SCALE: tl.constexpr = 1.0
+    PLACED: tl.constexpr = FORMAT >= FP8_E4M3 and CAPABILITY < E4M3_CAPABILITY
+    SCALE: tl.constexpr = BFP8_SCALE if FORMAT == BFP8 else E4M3_PLACED_SCALE if PLACED else 1.0
     query, query_scale = _load_queries(queries, is_head, HEAD_DIM, K_WIDTH)
     score_scale = (query_scale * (log2_scale * SCALE))[None, :]
     peak = tl.full([ROWS], float("-inf"), tl.float32)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hmad.compute import linears
 from hmad.compute.codecs import decode, encode
 from hmad.compute.linears import Int8Linear, Linear, make_down, make_linear, round_bfp8, round_e4m3, stacked
 from hmad.facts.errors import ModelError
@@ -15,6 +16,7 @@ from hmad_kernels import cpu_rows
 from hmad_kernels.cpu_rows import ScaledRows, wide
 from hmad_kernels.cpu_turn import turned
 
+SHAPES = ((5, 300), (48, 300))  # of int8 operands
 BF16_ULP = 2.0**-7  # spacing of bfloat16 above 1: seven fraction bits
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -107,6 +109,17 @@ def test_what_turning_gains_int8_down() -> None:
 def test_the_other_precisions_do_not_turn(precision: str) -> None:
     x, weight = randn(5, 64, dtype=torch.float32 if precision == "fp32" else torch.bfloat16), randn(32, 64, seed=1)
     assert torch.equal(make_down(precision, weight)(x), make_linear(precision, weight)(x))
+
+
+@pytest.mark.parametrize("has_amx", [False, True])
+def test_int8_sums_are_exact_with_and_without_matrix_units(has_amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to ask oneDNN give the same sums on any CPU, though only one of them is fast there."""
+    monkeypatch.setattr(linears, "has_amx", lambda: has_amx)
+    x, weight = (torch.randint(-127, 128, shape, generator=torch.Generator().manual_seed(1)) for shape in SHAPES)
+    packed = torch.ops.onednn.qlinear_prepack(weight.to(torch.int8), None)
+    scales, zeros = torch.ones(len(weight)), torch.zeros(len(weight), dtype=torch.int32)
+    sums = linears.int8_product(x.to(torch.int8), packed, scales, zeros, torch.float32)
+    assert torch.equal(sums.long(), x @ weight.T)
 
 
 def test_int8_sums_are_exact() -> None:
