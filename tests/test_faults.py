@@ -24,6 +24,8 @@ HANG_S = 20.0  # silence is noticed after 1.5 s: an answer that takes so long wo
 PROMPTS = [list(range(number, 120 + 20 * number)) for number in range(4)]
 # Greedy. The penalty makes the tokens depend on the prompt's ids in RESERVE; logprobs are what TOKENS carries besides.
 ASKED: dict[str, Any] = {"max_tokens": 24, "repetition_penalty": 1.2, "logprobs": 1}
+# Rows of bfloat16 round otherwise in another batch, on CPUs without units for it: logprobs differed by 0.015.
+BATCH_NOISE = 0.05
 TYPED = {"decode_node_failed", "no_decode_node", "no_capacity"}
 
 
@@ -61,7 +63,7 @@ class Cluster:
         failed = [answer for answer in given if answer.status != 200]
         assert {answer.json["error"]["code"] for answer in failed} <= TYPED, [answer.body for answer in failed]
         pairs = zip(given, self.expected, strict=False)  # maybe only the first prompts were asked
-        assert [(a.body, choice) for a, choice in pairs if a.status == 200 and essence(a) != choice] == []
+        assert [(a.body, choice) for a, choice in pairs if a.status == 200 and not same(essence(a), choice)] == []
         return len(failed)
 
     def suffer(self, plan: Plan) -> set[tuple[bytes, int]]:
@@ -94,10 +96,18 @@ class Cluster:
         return [len(os.listdir(f"/proc/{daemon.pid}/fd")) for daemon in (self.decode, self.prefill)]
 
 
-def essence(answer: Answer) -> tuple[list[int], list[float]]:
-    """What must not depend on any fault: tokens, and logprobs as far as the batch's shape cannot change them."""
+Essence = tuple[list[int], list[float]]
+
+
+def essence(answer: Answer) -> Essence:
+    """What must not depend on any fault: tokens and their logprobs."""
     [choice] = answer.choices
-    return choice["token_ids"], [round(logprob, 2) for logprob in choice["logprobs"]["token_logprobs"]]
+    return choice["token_ids"], choice["logprobs"]["token_logprobs"]
+
+
+def same(one: Essence, other: Essence) -> bool:
+    """The same tokens, and logprobs as far as the shape of a batch cannot change them."""
+    return one[0] == other[0] and one[1] == pytest.approx(other[1], rel=0, abs=BATCH_NOISE)
 
 
 class Neighbour:

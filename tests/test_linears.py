@@ -113,7 +113,7 @@ def test_the_other_precisions_do_not_turn(precision: str) -> None:
 
 @pytest.mark.parametrize("has_amx", [False, True])
 def test_int8_sums_are_exact_with_and_without_matrix_units(has_amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways to ask oneDNN give the same sums on any CPU, though only one of them is fast there."""
+    """Both ways to ask oneDNN give the same sums on any CPU with VNNI, though only one of them is fast there."""
     monkeypatch.setattr(linears, "has_amx", lambda: has_amx)
     x, weight = (torch.randint(-127, 128, shape, generator=torch.Generator().manual_seed(1)) for shape in SHAPES)
     packed = torch.ops.onednn.qlinear_prepack(weight.to(torch.int8), None)

@@ -338,6 +338,39 @@ def test_a_step_is_told_before_the_next_is_waited_for_but_not_before_it_is_launc
     assert " ".join(events) == expected
 
 
+def test_what_is_known_does_not_wait_for_a_launch_with_new_members() -> None:
+    """It may have a graph captured, which takes long."""
+    stepped, events = SteppedEngine(True), list[str]()
+    launch = stepped.device.launch
+
+    def noted(batch: DecodeBatch) -> Callable[[], Outcomes]:
+        events.append(f"launch of {len(batch)}")
+        return launch(batch)
+
+    stepped.device.launch = noted  # type: ignore[method-assign]
+    stepped.engine._deliver = lambda outputs, left: events.extend(str(output.index) for output in outputs)
+    stepped.engine.join_batch([choice(1, 6)])
+    stepped.work()
+    stepped.work()
+    stepped.engine.join_batch([choice(2, 6)])
+    stepped.work()
+    assert events == ["launch of 1", "launch of 1", "1", "launch of 2"]
+
+
+def test_what_was_not_told_yet_is_told_when_the_engine_stops_or_dies() -> None:
+    for end in (lambda engine: engine._end(), lambda engine: engine._abandon(LocalError("dead"))):
+        stepped, told = SteppedEngine(True), list[StepOutput]()
+        stepped.engine._deliver = lambda outputs, left, told=told: told.extend(outputs)  # type: ignore[misc]
+        stepped.engine.join_batch([choice(1, 6)])
+        stepped.work()
+        stepped.work()
+        assert not told
+        end(stepped.engine)
+        assert [output.token for output in told[:1]] == [SampledToken(1)]
+        end(stepped.engine)
+        assert sum(output.token is not None for output in told) == 1
+
+
 LIVES = st.tuples(st.integers(2, 8), st.integers(1, 9), st.integers(0, 9), st.integers(0, 20))
 
 

@@ -26,7 +26,7 @@ class Field:
 
 
 @dataclass(frozen=True)
-class Turn:
+class PinnedCopy:
     """One pinned copy of a bundle."""
 
     memory: Tensor
@@ -63,7 +63,7 @@ class Bundle:
         self._values = values.numpy()
         self.arrays = arrays_of(values)
         pinned = [torch.zeros(size, dtype=torch.uint8, pin_memory=True) for _ in range(TURNS)]
-        self._turns = cycle([Turn(memory, memory.numpy(), arrays_of(memory)) for memory in pinned])
+        self._turns = cycle([PinnedCopy(memory, memory.numpy(), arrays_of(memory)) for memory in pinned])
 
     def upload(self, up_to: tuple[str, int] | None = None) -> None:
         """Bring the host's arrays to the device, after what the current stream has to do before. ``up_to`` names one

@@ -162,8 +162,8 @@ class CudaDecode:
     # --- one step ---
 
     def launch(self, batch: DecodeBatch) -> Callable[[], Outcomes]:
-        torch.cuda.set_stream(self._stream)  # for good: nothing else runs on this thread
         with fatal_faults():
+            torch.cuda.set_stream(self._stream)  # for good: nothing else runs on this thread
             try:
                 members = self._members
                 if members is None or members.batch is not batch:

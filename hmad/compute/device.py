@@ -146,7 +146,7 @@ class PrefillDevice(Protocol):
 
 
 Outcome: TypeAlias = SampledToken | HmadError
-NO_TOKEN = -1
+NO_TOKEN = -2  # and no stop token either
 
 
 @dataclass(frozen=True)

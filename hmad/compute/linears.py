@@ -132,7 +132,7 @@ def int8_product(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, out_d
 
 @functools.cache
 def has_amx() -> bool:
-    """Whether this CPU has matrix units for bytes."""
+    """Whether this CPU has matrix units, which multiply bytes of either sign."""
     return torch.cpu._is_amx_tile_supported()
 
 

@@ -25,7 +25,8 @@ class DecodeSequence:
     """One choice that decodes: a prefix of segments as they landed, then the tail that decode itself writes.
 
     The tail holds the KV of every token that a step was launched for: a step computes the KV of the newest token and
-    draws the next. While a step is under way, its token is not yet among the outputs.
+    draws the next. While a step is under way, its token is not yet among the outputs. Both are told of
+    several steps in one go (``DecodeBatch.settle``), and say how it was then.
     """
 
     prompt_token_ids: np.ndarray

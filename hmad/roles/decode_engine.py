@@ -154,6 +154,7 @@ class DecodeEngine(Engine):
 
     def _launch(self) -> LaunchedStep:
         if self._members != self._batch.sequences:
+            self._tell()  # such a launch may have a graph captured, for which nobody else need wait
             self._batch.settle()
             self._batch = DecodeBatch(self._members)
         self._begin(len(self._batch))
@@ -195,6 +196,9 @@ class DecodeEngine(Engine):
         while self._reports:
             self._deliver(*self._reports.popleft())
 
+    def _end(self) -> None:
+        self._tell()
+
     def _let_go(self) -> list[DecodeSequence]:
         """What has ended is in no further step; and no longer ours, once it is in none."""
         in_flight = set(self._in_flight.sequences) if self._in_flight else set()
@@ -212,5 +216,7 @@ class DecodeEngine(Engine):
             self._members, self._waiting, self._done, self._in_flight = [], deque(), None, None
             failed = [s for s in there if s not in self._ended]
             self._ended.clear()
-        self._tell()
+            reports, self._reports = self._reports, deque()  # whoever joins a dead engine comes here as well
+        for report in reports:
+            self._deliver(*report)
         self._deliver([StepOutput(s, len(s.output_token_ids), None, None, error) for s in failed], list(there))

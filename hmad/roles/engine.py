@@ -117,6 +117,7 @@ class Engine(abc.ABC):
         try:
             while self._wait_for_work():
                 self._work()
+            self._end()
         except Exception as error:
             log.exception("the engine died", engine=self.name)
             self._die(error)
@@ -143,6 +144,9 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def _work(self) -> None: ...
+
+    def _end(self) -> None:  # noqa: B027 (most have nothing to do)
+        """Stopping, after the last piece of work."""
 
     @abc.abstractmethod
     def _abandon(self, error: LocalError) -> None:
