@@ -77,8 +77,8 @@ class DecodeEngine(Engine):
 
     A device that runs ahead gets the next step while it computes this one, so that what the host does is hidden. Which
     token a sequence has drawn is then known one step late, and one that turns out to have ended is in one step more,
-    whose outcome for it nobody reads. What a step brought is told when the next one is launched: whoever hears it takes
-    Python's lock, which launching needs and waiting does not.
+    whose outcome for it nobody reads. What a step brought is told when the next one is launched, unless its members are
+    new: whoever hears it takes Python's lock, which launching needs and waiting does not.
     """
 
     def __init__(self, device: DecodeDevice, max_batch_size: int, deliver: Deliver) -> None:
