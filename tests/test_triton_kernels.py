@@ -35,6 +35,7 @@ def runs(request: pytest.FixtureRequest) -> Iterator[Runs]:
         yield {name: runners.submit(run_cases, path, request.param) for name, path in CASES.items()}
 
 
+@pytest.mark.timeout(600)  # the first waits for its file, which shares the cores with all others
 @pytest.mark.parametrize("name", CASES)
 def test_all_cases_pass(runs: Runs, name: str) -> None:
     done = runs[name].result()
