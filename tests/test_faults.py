@@ -24,8 +24,10 @@ HANG_S = 20.0  # silence is noticed after 1.5 s: an answer that takes so long wo
 PROMPTS = [list(range(number, 120 + 20 * number)) for number in range(4)]
 # Greedy. The penalty makes the tokens depend on the prompt's ids in RESERVE; logprobs are what TOKENS carries besides.
 ASKED: dict[str, Any] = {"max_tokens": 24, "repetition_penalty": 1.2, "logprobs": 1}
-# Rows of bfloat16 round otherwise in another batch, on CPUs without units for it: logprobs differed by 0.015.
-BATCH_NOISE = 0.05
+# All nodes compute in float32, so that no answer depends on which requests happen to share a batch: rows of bfloat16
+# round otherwise in another one, on CPUs without units for it.
+EXACT: dict[str, Any] = {"precision": "fp32"}
+BATCH_NOISE = 1e-3  # far above what float32 leaves
 TYPED = {"decode_node_failed", "no_decode_node", "no_capacity"}
 
 
@@ -141,10 +143,10 @@ class Neighbour:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     model: Path = tmp_path_factory.mktemp("model")
     write_checkpoint(model, head_dim=64)
-    decode = DecodeDaemon(model)
+    decode = DecodeDaemon(model, **EXACT)
     with FaultProxy(decode.stream_port) as proxy, ThreadPoolExecutor(len(PROMPTS)) as clients:
-        prefill = PrefillDaemon(model, [proxy], frame_bytes="10K", staging_bytes="1M")
-        other = PrefillDaemon(model, [decode])
+        prefill = PrefillDaemon(model, [proxy], frame_bytes="10K", staging_bytes="1M", **EXACT)
+        other = PrefillDaemon(model, [decode], **EXACT)
         with running(decode, prefill, other):
             cluster = Cluster(decode, prefill, proxy, clients)
             cluster.expected = tuple(essence(answer.result()) for answer in cluster.ask())
