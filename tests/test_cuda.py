@@ -2,22 +2,21 @@
 
 import signal
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from queue import Queue
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from daemons import DecodeDaemon, PrefillDaemon, needs_gpu, running
+from decoders import PATIENCE_S, Decoder, logits_of, poison_token, prompt_of, relative_error
 from openai import OpenAI
 
 from hmad.compute.arena import Arena
 from hmad.compute.codecs import decode
 from hmad.compute.cpu import CpuDecode, CpuPrefill
 from hmad.compute.device import (
-    DecodeDevice,
     EncodedBlocks,
     LayerClock,
     PrefillChunk,
@@ -27,13 +26,10 @@ from hmad.compute.device import (
 )
 from hmad.compute.landing import HostLane
 from hmad.compute.loading import load_model
-from hmad.compute.model import Qwen3
-from hmad.compute.sequence import DecodeSequence, Segment, tail_tokens
 from hmad.compute.staging import StagingPool
 from hmad.facts.errors import LocalError, NonFiniteKVError
 from hmad.facts.formats import FORMATS, KVFormat, KVGeometry
 from hmad.facts.sampling import SampledToken, SamplingParams
-from hmad.roles.decode_engine import DecodeEngine, StepOutput
 
 pytestmark = needs_gpu
 
@@ -41,20 +37,10 @@ CHECKPOINT = Path(__file__).parent.parent / "scripts" / "checkpoint"
 GEOMETRY = KVGeometry(6, 2, 64)
 PAGE_BYTES = 3 * GEOMETRY.slot_bytes
 NUM_SLOTS = 200
-PATIENCE_S = 60.0
-VOCAB = 4096
 PRECISIONS = ("fp32", "bf16", "int8", "fp8", "bfp8")
 EXACT = 1e-4  # relative error of fp32 on one device against the other
 CLOSE = 0.02  # of bf16 in one pass and in chunks
 AS_GOOD = 1.25  # how much farther from fp32 the GPU may be than the CPU in the same precision
-
-
-def prompt_of(length: int, seed: int = 0) -> list[int]:
-    return np.random.default_rng(seed).integers(4, 4000, length).tolist()
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual.float() - expected.float()).norm() / expected.float().norm())
 
 
 class Prefilled:
@@ -109,10 +95,6 @@ def prefilled_values(device: str, precision: str, kv: KVFormat) -> list[torch.Te
     assert all(c.started_s <= c.kv_ready_s for c in prefilled.clocks)
     assert prefilled.staging.free_pages == 64
     return values + [logits_of(tokens[s][0]) for s in sequences]
-
-
-def logits_of(token: SampledToken) -> torch.Tensor:
-    return torch.frombuffer(bytearray(token.logits or b""), dtype=torch.float32)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -171,11 +153,6 @@ def test_full_staging_holds_prefill_up_until_pages_come_back() -> None:
     assert not thread.is_alive()
 
 
-def poison_token(model: Qwen3, token_id: int) -> None:
-    model._head = model._head.clone()  # which is the embedding, too
-    model._embedding[token_id] = float("nan")
-
-
 def test_nan_fails_its_own_sequence_alone() -> None:
     prefilled = prefiller("cuda", "bf16")
     poison_token(prefilled.device.model, 5)  # type: ignore[attr-defined]
@@ -191,70 +168,13 @@ def test_nan_fails_its_own_sequence_alone() -> None:
 # --- decode ---
 
 
-class Decoder:
-    """An engine over an arena that raw prefixes have been put into."""
+def decoder_on(device: str, precision: str = "bf16") -> Decoder:
+    model = load_model(CHECKPOINT, precision, device=device)
+    if device == "cpu":
+        return Decoder(model, lambda arena, tail: CpuDecode(model, arena, tail, 1), 8)
+    from hmad.compute.cuda_decode import CudaDecode
 
-    def __init__(self, device: str, precision: str = "bf16") -> None:
-        self.model = load_model(CHECKPOINT, precision, device=device)
-        self.arena = Arena(GEOMETRY, NUM_SLOTS * GEOMETRY.num_layers * GEOMETRY.slot_bytes, device)
-        self.arena.bytes.random_(256)  # whatever was here before must not matter
-        self.tail = FORMATS[precision]
-        self.device: DecodeDevice
-        if device == "cpu":
-            self.device = CpuDecode(self.model, self.arena, self.tail, 1)
-        else:
-            from hmad.compute.cuda_decode import CudaDecode
-
-            self.device = CudaDecode(self.model, self.arena, self.tail, 8)
-        self.outputs: Queue[StepOutput] = Queue()
-        self.left: Queue[DecodeSequence] = Queue()
-        self.engine = DecodeEngine(self.device, 8, self._deliver)
-        self.engine.start()
-
-    def _deliver(self, outputs: Iterable[StepOutput], left: list[DecodeSequence]) -> None:
-        for output in outputs:
-            self.outputs.put(output)
-        for sequence in left:
-            self.left.put(sequence)
-
-    def sequence(self, fmt: KVFormat, num_tokens: int, params: SamplingParams, seed: int = 3) -> DecodeSequence:
-        """Random KV, the same on every device."""
-        slots = self.arena.reserve(fmt.num_blocks(num_tokens))
-        from hmad.compute.codecs import encode
-
-        generator = torch.Generator().manual_seed(num_tokens)
-        for layer_id in range(GEOMETRY.num_layers):
-            k, v = torch.randn(2, num_tokens, 2, 64, generator=generator).bfloat16()
-            blocks = encode(fmt, k, v)
-            self.arena.layer(layer_id)[torch.from_numpy(slots).long(), : blocks.shape[1]] = blocks.to(self.model.device)
-        tail = self.arena.reserve(self.tail.num_blocks(tail_tokens(params)))
-        prompt = np.array(prompt_of(num_tokens), np.uint32)
-        return DecodeSequence(prompt, params, seed, (Segment(fmt, num_tokens, slots),), self.tail, tail, [11])
-
-    def decode(self, *sequences: DecodeSequence) -> dict[DecodeSequence, list[SampledToken]]:
-        """Until all have ended and left."""
-        tokens: dict[DecodeSequence, list[SampledToken]] = {s: [] for s in sequences}
-        self.engine.join_batch(sequences)
-        ended = set[DecodeSequence]()
-        while len(ended) < len(sequences):
-            output = self.outputs.get(timeout=PATIENCE_S)
-            assert output.error is None, output.error
-            assert output.sequence not in ended
-            if output.token:
-                tokens[output.sequence].append(output.token)
-            if output.ends:
-                ended.add(output.sequence)
-        for _ in sequences:
-            sequence = self.left.get(timeout=PATIENCE_S)
-            self.arena.release(sequence.prefix[0].slots)
-            self.arena.release(sequence.tail_slots)
-        return tokens
-
-    def close(self) -> None:
-        self.engine.stop()
-        assert self.engine.join(PATIENCE_S)
-        assert self.engine.failure is None, self.engine.failure
-        self.arena.check_integrity([])
+    return Decoder(model, lambda arena, tail: CudaDecode(model, arena, tail, 8), 8)
 
 
 FORCED = tuple(prompt_of(100, seed=5))
@@ -264,7 +184,7 @@ def forced_logits(device: str, precision: str) -> list[torch.Tensor]:
     """Logits [steps, vocab] of sequences of every format and many lengths, more of them than decode at once, under
     teacher forcing. The last few go on alone for longer than a plan of attention serves.
     """
-    decoder = Decoder(device, precision)
+    decoder = decoder_on(device, precision)
     shapes = [(fmt, 1 + 37 * i % 400) for i, fmt in enumerate(list(FORMATS.values()) * 2)]
     sequences = [
         decoder.sequence(fmt, n, SamplingParams(max_tokens=tokens, forced_token_ids=FORCED, want_logits=True))
@@ -298,7 +218,7 @@ def test_sampling_of_every_kind_says_what_the_cpu_says() -> None:
     ]
     answers = {}
     for device in ("cpu", "cuda"):
-        decoder = Decoder(device, "fp32")
+        decoder = decoder_on(device, "fp32")
         sequences = [
             decoder.sequence(FORMATS["fp32"], 50 + i, SamplingParams(max_tokens=30, num_logprobs=2, **kind), seed=i)
             for i, kind in enumerate(settings)
@@ -311,7 +231,7 @@ def test_sampling_of_every_kind_says_what_the_cpu_says() -> None:
 
 def test_stop_tokens_and_cancels_while_a_step_is_in_flight() -> None:
     """Slots that are given back at once and taken again must not be written to by a step still under way."""
-    decoder = Decoder("cuda")
+    decoder = decoder_on("cuda")
     [free] = decoder.decode(
         decoder.sequence(FORMATS["int8"], 90, SamplingParams(max_tokens=20, temperature=0.0))
     ).values()
@@ -334,7 +254,7 @@ def test_stop_tokens_and_cancels_while_a_step_is_in_flight() -> None:
 
 
 def test_nan_in_a_step_fails_its_sequence_alone() -> None:
-    decoder = Decoder("cuda")
+    decoder = decoder_on("cuda")
     good = decoder.sequence(FORMATS["bf16"], 20, SamplingParams(max_tokens=5, temperature=0.0))
     bad = decoder.sequence(FORMATS["bf16"], 20, SamplingParams(max_tokens=5, forced_token_ids=(0, 5, 5, 5, 5)))
     poison_token(decoder.model, 5)

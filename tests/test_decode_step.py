@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hmad.compute.batch import MOST_UNSETTLED, DecodeBatch
-from hmad.compute.cuda_decode import FORMAT_NAMES, PLAN_STEPS, Plan
+from hmad.compute.cuda_decode import FORMAT_NAMES
 from hmad.compute.cuda_sampler import outcomes_of, settings_of
 from hmad.compute.device import Outcomes
 from hmad.compute.sampler import finish_reason
@@ -14,14 +14,16 @@ from hmad.compute.sequence import DecodeSequence, Segment
 from hmad.facts.errors import NonFiniteLogitsError
 from hmad.facts.formats import FORMATS
 from hmad.facts.sampling import SampledToken, SamplingParams
-from hmad_kernels.triton_attention import split_items
 
 SEGMENTS = st.lists(st.tuples(st.sampled_from(sorted(FORMATS)), st.integers(1, 300)), max_size=3)
 SEQUENCES = st.lists(st.tuples(SEGMENTS, st.integers(0, 70)), min_size=1, max_size=5)  # prefix, tokens in the tail
 MAX_TOKENS = 200
 
 
-def sequences_of(shapes: list[tuple[list[tuple[str, int]], int]]) -> list[DecodeSequence]:
+Shapes = list[tuple[list[tuple[str, int]], int]]
+
+
+def sequences_of(shapes: Shapes) -> list[DecodeSequence]:
     """Every block in a slot of its own."""
     slots = iter(np.random.default_rng(0).permutation(10_000).astype(np.int32))
 
@@ -62,9 +64,7 @@ def places_of_runs(batch: DecodeBatch, runs: np.ndarray) -> list[tuple[str, int,
 
 
 @given(SEQUENCES, st.integers(0, 40))
-def test_a_batch_says_where_every_token_is_and_goes_on_counting(
-    shapes: list[tuple[list[tuple[str, int]], int]], num_steps: int
-) -> None:
+def test_a_batch_says_where_every_token_is_and_goes_on_counting(shapes: Shapes, num_steps: int) -> None:
     batch = DecodeBatch(sequences_of(shapes))
     for _ in range(num_steps):
         batch.advance()
@@ -78,24 +78,6 @@ def test_a_batch_says_where_every_token_is_and_goes_on_counting(
         assert batch.positions[row] == len(expected) - 1
         assert batch.tail_lens[row] == sequence.num_tail_tokens + 1 == shapes[row][1] + num_steps + 1
     assert batch.num_steps_left == MAX_TOKENS - 1 - num_steps - max(tokens for _, tokens in shapes)
-
-
-@given(SEQUENCES)
-@pytest.mark.parametrize("num_steps", [0, 1, PLAN_STEPS - 1])
-def test_a_plan_covers_every_token_once_as_long_as_it_serves(
-    num_steps: int, shapes: list[tuple[list[tuple[str, int]], int]]
-) -> None:
-    batch = DecodeBatch(sequences_of(shapes))
-    plan = Plan(*split_items(batch.seq_segments, batch.segments, 64, capacity=100))
-    for _ in range(num_steps):
-        assert plan.num_steps_left
-        batch.advance()
-        plan.advance()
-    batch.settle()
-    for row, sequence in enumerate(batch.sequences):
-        items = plan.items[plan.seq_items[row] : plan.seq_items[row + 1]]
-        assert set(items[:, 0]) == {row}
-        assert places_of_runs(batch, items[:, 1:]) == places(sequence)
 
 
 def test_an_empty_batch_has_nothing() -> None:
@@ -135,22 +117,26 @@ def test_what_was_drawn_is_described_where_it_is_sound() -> None:
     assert "output token 3 is nan" in str(fourth)
 
 
-ENDINGS = st.tuples(st.integers(2, 4), st.lists(st.integers(0, 3), max_size=3), st.integers(0, 3), st.integers(1, 3))
+ENDINGS = st.tuples(st.integers(3, 6), st.lists(st.integers(0, 3), max_size=3), st.integers(0, 3), st.integers(0, 1))
 
 
 @given(st.lists(ENDINGS, min_size=1, max_size=5))
 def test_a_batch_ends_choices_as_each_of_them_would(rows: list[tuple[int, list[int], int, int]]) -> None:
-    """By stop tokens, of which rows have different numbers, and by length."""
-    sequences = sequences_of([([], 0)] * len(rows))
+    """By stop tokens, of which rows have different numbers, and by length: in every step up to the first's last."""
+    sequences = sequences_of([([], num_tail_tokens) for *_, num_tail_tokens in rows])
     for sequence, (max_tokens, stops, _, _) in zip(sequences, rows, strict=True):
         sequence.params = SamplingParams(max_tokens, stop_token_ids=tuple(stops))
-    token_ids, indices = (np.array([row[column] for row in rows]) for column in (2, 3))
+    token_ids = np.array([token_id for _, _, token_id, _ in rows])
     batch = DecodeBatch(sequences)
-    reasons = batch.take(token_ids, indices)
+    while batch.num_steps_left:
+        step, indices = batch.step, batch.tail_lens.tolist()
+        batch.advance()
+        reasons = batch.take(step, token_ids)
+        for row, sequence in enumerate(sequences):
+            assert reasons.get(row) == finish_reason(token_ids[row], indices[row], sequence.params)
     batch.settle()
-    assert [s.output_token_ids for s in sequences] == [[7, token_id] for token_id in token_ids]
-    for row, sequence in enumerate(sequences):
-        assert reasons.get(row) == finish_reason(token_ids[row], indices[row], sequence.params)
+    assert [s.output_token_ids for s in sequences] == [[7, *[token_id] * batch.step] for token_id in token_ids]
+    assert any(s.num_tail_tokens == s.params.max_tokens - 1 for s in sequences)
 
 
 def test_outcomes_are_read_row_by_row() -> None:
@@ -166,9 +152,8 @@ def test_sequences_are_told_of_every_step_once(num_steps: int) -> None:
     sequences = sequences_of([([], 0), ([], 3)])
     batch = DecodeBatch(sequences)
     for step in range(num_steps):
-        indices = batch.tail_lens.copy()
         batch.advance()
-        batch.take(np.array([step, 1000 + step]), indices)
+        batch.take(step, np.array([step, 1000 + step]))
     for _ in range(2):
         batch.settle()
         assert [s.output_token_ids for s in sequences] == [[7, *range(n, n + num_steps)] for n in (0, 1000)]

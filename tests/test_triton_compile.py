@@ -13,6 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from hmad.compute.cuda_buffers import TURNS
 from hmad_kernels import (
     triton_attention,
     triton_linear,
@@ -20,6 +21,7 @@ from hmad_kernels import (
     triton_rope,
     triton_rows,
     triton_sampling,
+    triton_step,
 )
 from hmad_kernels.triton_attention import attend_constants, merge_constants, tuning_for
 from hmad_kernels.triton_common import FORMAT_NAMES, format_code
@@ -278,6 +280,21 @@ def test_sampling_compiles(arch: str, name: str, tmp_path: Path) -> None:
     assert_no_spills(binary, arch, tmp_path)
     if CAPABILITIES[arch] is not None and name in ("tops", "gather", "draw"):
         assert wide_load_bytes(binary, tmp_path) == 2 * 4 * triton_sampling.CHUNK  # the logits, and their counts
+
+
+@every_arch
+def test_counting_on_compiles(arch: str, tmp_path: Path) -> None:
+    types = {
+        "sources": "i64", "known": "i64", "index": "i64", "tail_firsts": "i32", "drawn": "i64", "tops": "fp32",
+        "stops": "i64", "token_ids": "i64", "tail_slots": "i32", "tail_offsets": "i32", "turn": "i32",
+        "host_drawn": "i64", "host_tops": "fp32", "host_bad_rows": "u8", "host_num_special": "i32",
+    }  # fmt: skip
+    for kernel, own in (
+        (triton_step._begin_kernel, {"TAIL_TOKENS": 16}),
+        (triton_step._finish_kernel, {"STOPS": triton_step.MOST_STOPS, "TURNS": TURNS}),
+    ):
+        constants = own | {"ROWS": triton_step.ROWS}
+        assert_no_spills(compiled(kernel, arch, constants, triton_step.STEP_OPTIONS, **types), arch, tmp_path)
 
 
 @every_arch

@@ -1,4 +1,4 @@
-"""Linear layers over few rows. test_triton_kernels.py runs this file as it does triton_kernel_cases.py."""
+"""Linear layers over few rows. test_triton_kernels.py runs this file as it does the others."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The Triton sampler beside the CPU's. test_triton_kernels.py runs this file as it does triton_kernel_cases.py."""
+"""The Triton sampler beside the CPU's. test_triton_kernels.py runs this file as it does the others."""
 
 import os
 from collections.abc import Sequence

@@ -1,16 +1,20 @@
-"""Small arrays that travel together between host and device: one copy for all, ordered by the stream."""
+"""Small arrays between host and device: up in one copy, ordered by the stream; down as kernels write them."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import cycle
 
-import numpy as np
 import torch
 from torch import Tensor
 
 ALIGN_BYTES = 16  # of every array, as kernels want it
-TURNS = 2  # host copies: one is filled or read while the other is on its way
+TURNS = 2  # copies on the host: one is filled or read while the other is on its way
+
+
+def pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros in host memory that the device reads and writes by itself."""
+    return torch.zeros(shape, dtype=dtype, pin_memory=True)
 
 
 @dataclass(frozen=True)
@@ -25,20 +29,12 @@ class Field:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-@dataclass(frozen=True)
-class PinnedCopy:
-    """One pinned copy of a bundle."""
-
-    memory: Tensor
-    bytes: np.ndarray  # the same
-    arrays: dict[str, np.ndarray]
-
-
 class Bundle:
-    """Arrays by name, in one block of device memory, on the host, and in pinned copies of it that take turns.
+    """Arrays by name, in one block of device memory and on the host, which brings all of them at once.
 
-    What is to be uploaded is written to ``arrays``, which keep it: only what changes is written again. Whoever uses a
-    turn again has made sure that the copies of its last use are done.
+    What is to be uploaded is written to ``arrays``, which keep it: only what changes is written again. The pinned
+    copies that it passes through take turns: whoever uploads again has made sure that the upload before the last is
+    done.
     """
 
     def __init__(self, fields: Mapping[str, Field], device: torch.device) -> None:
@@ -53,34 +49,21 @@ class Bundle:
                 for name, field in fields.items()
             }
 
-        def arrays_of(memory: Tensor) -> dict[str, np.ndarray]:
-            return {name: view.numpy() for name, view in views(memory).items()}
-
         self._starts = starts
         self._device = torch.zeros(size, dtype=torch.uint8, device=device)
         self.on_device = views(self._device)
         values = torch.zeros(size, dtype=torch.uint8)
         self._values = values.numpy()
-        self.arrays = arrays_of(values)
-        pinned = [torch.zeros(size, dtype=torch.uint8, pin_memory=True) for _ in range(TURNS)]
-        self._turns = cycle([PinnedCopy(memory, memory.numpy(), arrays_of(memory)) for memory in pinned])
+        self.arrays = {name: view.numpy() for name, view in views(values).items()}
+        self._turns = cycle([pinned((size,), torch.uint8) for _ in range(TURNS)])
 
     def upload(self, up_to: tuple[str, int] | None = None) -> None:
         """Bring the host's arrays to the device, after what the current stream has to do before. ``up_to`` names one
         of them and how many of its values there are: nothing behind these is brought.
         """
-        turn = next(self._turns)
-        if up_to is None:
-            turn.bytes[:] = self._values
-            self._device.copy_(turn.memory, non_blocking=True)
-        else:
+        turn, end = next(self._turns), len(self._values)
+        if up_to is not None:
             name, length = up_to
             end = self._starts[name] + length * self.arrays[name].itemsize
-            turn.bytes[:end] = self._values[:end]
-            self._device[:end].copy_(turn.memory[:end], non_blocking=True)
-
-    def download(self) -> dict[str, np.ndarray]:
-        """Bring the device's arrays to those returned, after what the current stream has to do before."""
-        turn = next(self._turns)
-        turn.memory.copy_(self._device, non_blocking=True)
-        return turn.arrays
+        turn.numpy()[:end] = self._values[:end]
+        self._device[:end].copy_(turn[:end], non_blocking=True)

@@ -1,13 +1,12 @@
 """Decode on a CUDA device: one captured graph per batch size, over raw blocks in an arena in device memory.
 
-A step is: bring its metadata to the device in one copy, replay the graph, bring the tokens back in another. The newest
-tokens stay on the device from one step to the next, so that a step can be launched before the host knows what the one
-before it has drawn.
+A step is one replay of the graph, and nothing is brought to it: where each row stands, the device counts on by itself,
+the newest tokens stay there, and what was drawn it writes to the host's memory. So a step can be launched before the
+host knows what the one before it has drawn. What the device cannot know comes when it changes: the members of a batch;
+a plan of attention, which serves many steps; and tokens under teacher forcing.
 
-The host's part is Python beside a fast device, so it touches arrays, and no sequence by itself: what follows from the
-members of a batch alone is brought to the device when they change, and a plan of attention serves many steps. Between
-steps of many milliseconds code leaves the caches as well, and every call costs several times what it does in a loop: so
-there are few, and the thread keeps the stream as its current one.
+The host's part is Python beside a fast device. Between steps of many milliseconds code leaves the caches as well, and
+every call costs several times what it does in a loop: so there are few.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,15 +19,14 @@ import torch
 from torch import Tensor
 
 from hmad.compute.arena import Arena
-from hmad.compute.batch import DecodeBatch
-from hmad.compute.cuda_buffers import TURNS, Bundle, Field
+from hmad.compute.batch import NO_STOP, DecodeBatch
+from hmad.compute.cuda_buffers import TURNS, Bundle, Field, pinned
 from hmad.compute.cuda_faults import fatal_faults
 from hmad.compute.cuda_graphs import Pool, buckets_up_to, captured
 from hmad.compute.cuda_sampler import (
     CONSTANT_COLUMNS,
     NO_ROW,
     SETTINGS,
-    STEP_COLUMNS,
     device_sampling,
     forced_token,
     outcomes_of,
@@ -52,41 +50,36 @@ from hmad_kernels.triton_attention import (
 )
 from hmad_kernels.triton_rope import norm_rope_append
 from hmad_kernels.triton_sampling import count_tokens, reset_counts, sample_rows
+from hmad_kernels.triton_step import (
+    MOST_STOPS,
+    PLACE_DTYPES,
+    RESULT_DTYPES,
+    ROW_DTYPES,
+    StepPlaces,
+    StepResults,
+    StepRows,
+    begin_step,
+    finish_step,
+)
 
 BUCKET_STEPS = ((4, 1), (64, 8), (128, 16), (1 << 20, 32))  # batch sizes that graphs are captured for
 FORMAT_NAMES = tuple(FORMATS)
 PLAN_STEPS = 32  # that the items of attention serve, before they are cut anew
 
-
-class Plan:
-    """A batch's items of attention. From one step to the next only the last of each sequence grows, by the token that
-    was appended to its tail.
-    """
-
-    def __init__(self, items: np.ndarray, seq_items: np.ndarray) -> None:
-        self.items = items  # int32 [capacity, 4], as ``split_items`` makes them
-        self.seq_items = seq_items  # int32 [B + 1]
-        self.num_steps_left = PLAN_STEPS
-        self._num_tokens = items[:, 3]
-        self._last = seq_items[1:] - 1
-
-    def advance(self) -> None:
-        self._num_tokens[self._last] += 1
-        self.num_steps_left -= 1
+Forced = list[tuple[int, DecodeSequence]]  # rows under teacher forcing
 
 
 @dataclass(eq=False)
 class Members:
-    """What of a batch's metadata stays the same, or only counts on, until its members change."""
+    """What of a batch's metadata stays the same until its members change."""
 
     batch: DecodeBatch
     rows: dict[DecodeSequence, int]
     num_rows: int  # padded
     graph: torch.cuda.CUDAGraph
     settings: np.ndarray  # SETTINGS [B]
-    forced: list[tuple[int, DecodeSequence]]  # rows under teacher forcing
+    forced: Forced
     described: list[int]  # rows whose logits the host wants
-    plan: Plan
 
 
 class CudaDecode:
@@ -104,34 +97,30 @@ class CudaDecode:
         self._buckets = buckets_up_to(max_batch_size, BUCKET_STEPS)
         self._num_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         capacity = self._capacity(max_batch_size)
-        self._inputs = Bundle(
-            {
-                "positions": Field(torch.int64, (max_batch_size,)),
-                # The row of the step before that drew each newest token; -1: the host knows it.
-                "sources": Field(torch.int64, (max_batch_size,)),
-                "tail_slots": Field(torch.int32, (max_batch_size,)),  # -1: padding
-                "tail_offsets": Field(torch.int32, (max_batch_size,)),
-                "items": Field(torch.int32, (capacity, 4)),
-                "seq_items": Field(torch.int32, (max_batch_size + 1,)),
-            }
-            | sampling_fields(STEP_COLUMNS, max_batch_size),
-            device,
-        )
-        blocks = Field(torch.int32, (8 * arena.num_slots,))  # the choices of a request, eight at most, share its prefix
-        self._constants = Bundle(  # while the members stay the same
-            sampling_fields(CONSTANT_COLUMNS, max_batch_size)
-            | {"token_ids": Field(torch.int64, (max_batch_size,)), "blocks": blocks},
-            device,
-        )
-        self._on_device = self._inputs.on_device | self._constants.on_device
-        self._outputs = Bundle(
-            {
-                "token_ids": Field(torch.int64, (max_batch_size,)),
-                "tops": Field(torch.float32, (max_batch_size,)),
-                "bad_rows": Field(torch.uint8, (max_batch_size,)),
+
+        def room(dtypes: dict[str, torch.dtype]) -> dict[str, Tensor]:
+            return {name: torch.zeros(max_batch_size, dtype=dtype, device=device) for name, dtype in dtypes.items()}
+
+        self._rows = Bundle(  # brought when members change, and counted on by the device
+            sampling_fields(("forced", *CONSTANT_COLUMNS), max_batch_size)
+            | {name: Field(dtype, (max_batch_size,)) for name, dtype in ROW_DTYPES.items()}
+            | {
+                "stops": Field(torch.int64, (MOST_STOPS, max_batch_size)),
+                "turn": Field(torch.int32, (1,)),
+                "blocks": Field(torch.int32, (8 * arena.num_slots,)),  # eight choices, at most, share a prompt's prefix
             },
             device,
         )
+        self._plan = Bundle(  # likewise, and anew every PLAN_STEPS steps
+            {"items": Field(torch.int32, (capacity, 4)), "seq_items": Field(torch.int32, (max_batch_size + 1,))}, device
+        )
+        self._on_device = self._rows.on_device | self._plan.on_device
+        self._places, self._results = room(PLACE_DTYPES), room(RESULT_DTYPES)
+        self._host = {name: pinned((TURNS, max_batch_size), dtype) for name, dtype in RESULT_DTYPES.items()}
+        self._num_special = pinned((TURNS,), torch.int32)
+        told = self._host | {"num_special": self._num_special}
+        self._turns = [{name: tensor[turn].numpy() for name, tensor in told.items()} for turn in range(TURNS)]
+        self._turn = 0  # of the next step
         self._done = cycle([torch.cuda.Event(blocking=True) for _ in range(TURNS)])
         shapes = partial_shapes(capacity, config.num_heads, config.head_dim)
         self._partials = [torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes]
@@ -141,6 +130,7 @@ class CudaDecode:
         self._graphs: dict[tuple[int, tuple[str, ...]], torch.cuda.CUDAGraph] = {}
         self._pool: Pool = torch.cuda.graph_pool_handle()
         self._members: Members | None = None  # of the last step
+        self._plan_ends = 0  # the step of its batch for which the plan does not serve any more
         self._counted: dict[DecodeSequence, int] = {}  # rows of the counts
         torch.cuda.synchronize(device)  # what was made on the default stream is there for ours
 
@@ -152,7 +142,7 @@ class CudaDecode:
         """Have every kernel compiled before the first request waits for it. The largest graph comes first: the others
         share its memory, which captured in the order of a growing load would be a piece for each.
         """
-        with fatal_faults(), torch.inference_mode(), torch.cuda.stream(self._stream):
+        with fatal_faults, torch.inference_mode(), torch.cuda.stream(self._stream):
             for num_rows in (self._buckets[-1], 1):
                 for name in formats:
                     self._graph_for(num_rows, tuple(n for n in FORMAT_NAMES if n in (name, self._tail_format.name)))
@@ -162,56 +152,49 @@ class CudaDecode:
     # --- one step ---
 
     def launch(self, batch: DecodeBatch) -> Callable[[], Outcomes]:
-        with fatal_faults():
-            torch.cuda.set_stream(self._stream)  # for good: nothing else runs on this thread
+        with fatal_faults:
             try:
-                members = self._members
-                if members is None or members.batch is not batch:
-                    members = self._adopt(batch, members)
-                outcomes = self._replay(members)
+                if self._members is None or self._members.batch is not batch:
+                    torch.cuda.set_stream(self._stream)  # for good: nothing else runs on this thread
+                    self._members = self._adopt(batch, self._members)
+                else:
+                    self._bring_changes(self._members)
+                return self._replay(self._members)
             except Exception:
+                self._members = None  # whoever is launched next, the device is told all of it
                 self._stream.synchronize()  # nobody else will wait for what was begun
                 raise
-        if self._members is not members:
-            self._members = members
-            # From now on the step before has drawn every newest token.
-            self._inputs.arrays["sources"][: len(batch)] = np.arange(len(batch))
-        members.plan.advance()
-        return outcomes
 
     def _replay(self, members: Members) -> Callable[[], Outcomes]:
-        """One step's metadata up, the graph, and its outcomes down: they are there after the event."""
-        batch = members.batch
-        self._fill(members)
-        self._inputs.upload()
+        """One step, whose outcomes are there after the event."""
         members.graph.replay()
-        arrays = self._outputs.download()
-        described = {row: self._logits[row].to("cpu", non_blocking=True) for row in members.described}
-        done = next(self._done)
+        described = {row: self._logits[row].to("cpu", non_blocking=True, copy=True) for row in members.described}
+        done, turn = next(self._done), self._turns[self._turn]
         done.record(self._stream)
-        counts = batch.tail_lens.copy(), batch.positions.copy()
-        return partial(self._collect, batch.sequences, *counts, arrays, described, done)
+        self._turn = (self._turn + 1) % TURNS
+        return partial(self._collect, members.batch, members.batch.step, turn, described, done)
 
     def _collect(
         self,
-        sequences: Sequence[DecodeSequence],
-        index: np.ndarray,
-        positions: np.ndarray,
-        arrays: dict[str, np.ndarray],
+        batch: DecodeBatch,
+        step: int,
+        turn: dict[str, np.ndarray],
         described: dict[int, Tensor],
         done: torch.cuda.Event,
     ) -> Outcomes:
-        with fatal_faults():
+        with fatal_faults:
             done.synchronize()
-        size = len(sequences)
+        size = len(batch)
+        token_ids = turn["token_ids"][:size].copy()  # the turn is taken again before all have read them
+        if not (described or turn["num_special"]):
+            return Outcomes(token_ids, {}, may_stop=len(batch.stop_token_ids) > MOST_STOPS)
         raw = {row: logits.numpy() for row, logits in described.items()}
-        token_ids = arrays["token_ids"][:size].copy()  # the turn is taken again before all have read them
-        outcomes = outcomes_of(sequences, index, token_ids, arrays["tops"][:size], raw)
-        bad_rows = arrays["bad_rows"][:size].nonzero()[0].tolist()
+        outcomes = outcomes_of(batch.sequences, batch.indices_of(step), token_ids, turn["tops"][:size], raw)
+        positions, bad_rows = batch.positions_of(step), turn["bad_rows"][:size].nonzero()[0].tolist()
         outcomes.special.update((row, non_finite(None, int(positions[row]))) for row in bad_rows)
         return outcomes
 
-    # --- its metadata ---
+    # --- what it has to be told ---
 
     @torch.inference_mode()
     def _adopt(self, batch: DecodeBatch, before: Members | None) -> Members:
@@ -227,37 +210,65 @@ class CudaDecode:
             settings[stay] = before.settings[sources[stay]]
         settings[new] = settings_of((sequences[row].params, sequences[row].seed) for row in new)
         settings["counts_row"] = self._count_rows(sequences, settings["is_penalized"])
-        self._bring_constants(batch, settings, {row: sequences[row].output_token_ids[-1] for row in new})
-        self._inputs.arrays["sources"][: len(batch)] = sources
-        self._fill_padding(len(batch), num_rows)
-        return Members(
-            batch,
-            {sequence: row for row, sequence in enumerate(sequences)},
-            num_rows,
-            graph,
-            settings,
-            [(row, sequences[row]) for row in settings["is_forced"].nonzero()[0].tolist()],
-            settings["is_described"].nonzero()[0].tolist(),
-            self._plan(batch, num_rows),
-        )
+        known = {row: sequences[row].output_token_ids[-1] for row in new}
+        forced = [(row, sequences[row]) for row in settings["is_forced"].nonzero()[0].tolist()]
+        self._bring_rows(batch, sources, settings, known, forced)
+        self._bring_plan(batch, num_rows)
+        described = settings["is_described"].nonzero()[0].tolist()
+        rows = {sequence: row for row, sequence in enumerate(sequences)}
+        return Members(batch, rows, num_rows, graph, settings, forced, described)
 
-    def _bring_constants(self, batch: DecodeBatch, settings: np.ndarray, known: dict[int, int]) -> None:
-        """What the members' steps have in common; ``known`` are newest tokens that no step has drawn, by row."""
-        arrays, size, num_blocks = self._constants.arrays, len(batch), len(batch.block_table)
+    def _bring_changes(self, members: Members) -> None:
+        """What else the device cannot know by itself."""
+        if members.batch.step >= self._plan_ends:
+            self._bring_plan(members.batch, members.num_rows)
+        if members.forced:
+            self._fill_forced(members.batch, members.forced)
+            self._rows.upload(up_to=("forced", len(members.batch)))
+
+    def _bring_rows(
+        self,
+        batch: DecodeBatch,
+        sources: np.ndarray,
+        settings: np.ndarray,
+        known: dict[int, int],
+        forced: Forced,
+    ) -> None:
+        """Where the members stand, and how they sample; ``known`` are newest tokens that no step has drawn, by row."""
+        arrays, size, num_blocks = self._rows.arrays, len(batch), len(batch.block_table)
         if num_blocks > len(arrays["blocks"]):
             raise LocalError(f"a batch of {num_blocks} blocks, {len(arrays['blocks'])} is the most")
         for name in CONSTANT_COLUMNS:
             arrays[name][:size] = settings[name]
-        arrays["token_ids"][list(known)] = list(known.values())
-        self._fill_constant_padding(size)
+        arrays["sources"][:size] = sources
+        arrays["known"][list(known)] = list(known.values())
+        arrays["positions"][:size] = batch.positions
+        arrays["index"][:size] = batch.tail_lens
+        arrays["tail_firsts"][:size] = batch.tail_firsts
+        stops = batch.stop_token_ids[:MOST_STOPS]
+        arrays["stops"][: len(stops), :size] = stops
+        arrays["stops"][len(stops) :, :size] = NO_STOP
+        self._fill_padding(size)
+        self._fill_forced(batch, forced)
         arrays["blocks"][:num_blocks] = batch.block_table
-        self._constants.upload(up_to=("blocks", num_blocks))
+        self._rows.upload(up_to=("blocks", num_blocks))
 
-    def _fill_constant_padding(self, first: int) -> None:
-        arrays = self._constants.arrays
-        arrays["token_ids"][first:] = 0
-        arrays["temperature"][first:] = 0
-        arrays["counts_row"][first:] = NO_ROW
+    def _fill_forced(self, batch: DecodeBatch, forced: Forced) -> None:
+        """Tokens that the next step has to draw; what stands there of the step before is of the same rows."""
+        indices = batch.tail_lens
+        for row, sequence in forced:
+            self._rows.arrays["forced"][row] = forced_token(sequence.params, int(indices[row]))
+
+    def _fill_padding(self, first: int) -> None:
+        """Rows beyond the batch touch nothing, and are never counted on; and no row is forced, unless it is said so."""
+        arrays = self._rows.arrays
+        for name in ("sources", "tail_firsts", "counts_row"):
+            arrays[name][first:] = NO_ROW
+        for name in ("known", "positions", "temperature"):
+            arrays[name][first:] = 0
+        arrays["index"][first:] = 1
+        arrays["forced"][:] = NO_ROW
+        arrays["turn"][0] = self._turn
 
     def _count_rows(self, sequences: Sequence[DecodeSequence], is_penalized: np.ndarray) -> np.ndarray:
         """A row of the counts for each sequence under penalties: its own as long as it is in the batch."""
@@ -277,37 +288,20 @@ class CudaDecode:
         self._counted = kept
         return count_rows
 
-    def _plan(self, batch: DecodeBatch, num_rows: int) -> Plan:
-        """The items stand where they are uploaded from, and count on there."""
-        capacity, size, arrays = self._capacity(num_rows), len(batch), self._inputs.arrays
+    def _bring_plan(self, batch: DecodeBatch, num_rows: int) -> None:
+        """Items of attention for the steps to come: from one to the next only the last of each sequence grows, by the
+        token that was appended to its tail. Only so many, because the tails' items do not get more.
+        """
+        capacity, size, arrays, segments = self._capacity(num_rows), len(batch), self._plan.arrays, batch.segments
         item_tokens = item_tokens_for(
-            batch.segments, self.model.config.num_kv_heads, self._num_multiprocessors, self._resident
+            segments, self.model.config.num_kv_heads, self._num_multiprocessors, self._resident
         )
-        items, seq_items = split_items(batch.seq_segments, batch.segments, item_tokens, capacity)
+        items, seq_items = split_items(batch.seq_segments, segments, item_tokens, capacity)
         arrays["items"][:capacity] = items
         arrays["seq_items"][: size + 1] = seq_items
         arrays["seq_items"][size + 1 : num_rows + 1] = seq_items[-1]
-        return Plan(arrays["items"][:capacity], seq_items)
-
-    def _fill(self, members: Members) -> None:
-        """What of the arrays changes from step to step."""
-        batch, arrays, size = members.batch, self._inputs.arrays, len(members.batch)
-        arrays["positions"][:size] = batch.positions
-        arrays["tail_slots"][:size], arrays["tail_offsets"][:size] = batch.tail_places
-        arrays["index"][:size] = batch.tail_lens  # of the token to draw: the prefill node's was number 0
-        for row, sequence in members.forced:
-            arrays["forced"][row] = forced_token(sequence.params, int(batch.tail_lens[row]))
-        if not members.plan.num_steps_left:
-            members.plan = self._plan(batch, members.num_rows)
-
-    def _fill_padding(self, first: int, end: int) -> None:
-        """Rows beyond the batch touch nothing; and no row is forced, unless its step says so."""
-        arrays = self._inputs.arrays
-        for name in ("positions", "tail_offsets", "index"):
-            arrays[name][first:end] = 0
-        for name in ("sources", "tail_slots"):
-            arrays[name][first:end] = NO_ROW
-        arrays["forced"][:end] = NO_ROW
+        self._plan.upload()
+        self._plan_ends = batch.step + PLAN_STEPS
 
     # --- graphs ---
 
@@ -325,47 +319,49 @@ class CudaDecode:
                 name, self.model.dtype, config.head_dim, config.num_heads, config.num_kv_heads,
                 self.arena.geometry.slot_bytes, self._device,
             )  # fmt: skip
-        newest = self._outputs.on_device["token_ids"].clone()  # the step before left them, and this one reads them
-        self._fill_padding(0, num_rows)
-        self._inputs.arrays["items"][:] = EMPTY
-        self._inputs.arrays["seq_items"][:] = 0
-        self._inputs.upload()
-        self._fill_constant_padding(0)
-        self._constants.upload()
+        newest = self._results["token_ids"].clone()  # the step before left them, and this one reads them
+        self._fill_padding(0)
+        self._plan.arrays["items"][:] = EMPTY
+        self._plan.arrays["seq_items"][:] = 0
+        self._rows.upload()
+        self._plan.upload()
         self._forward(num_rows, formats)  # compiles kernels, and lets libraries choose theirs
         self._stream.synchronize()
         graph = captured(lambda: self._forward(num_rows, formats), self._pool)
-        self._outputs.on_device["token_ids"].copy_(newest)
+        self._results["token_ids"].copy_(newest)
         return graph
 
     def _forward(self, num_rows: int, formats: tuple[str, ...]) -> None:
-        """Feed each row's newest token, append its KV to the tail, attend over all segments, sample."""
-        arrays, outputs = self._on_device, self._outputs.on_device
-        sources, bad_rows = arrays["sources"][:num_rows], outputs["bad_rows"][:num_rows]
-        newest = outputs["token_ids"].index_select(0, sources.clamp(min=0))
-        token_ids = torch.where(sources >= 0, newest, arrays["token_ids"][:num_rows])
-        positions = arrays["positions"][:num_rows]
-        bad_rows.zero_()
+        """Feed each row's newest token, append its KV to the tail, attend over all segments, sample, count on."""
+        arrays = self._on_device
+        rows = StepRows(**{name: arrays[name][:num_rows] for name in ROW_DTYPES})
+        places = StepPlaces(**{name: tensor[:num_rows] for name, tensor in self._places.items()})
+        results = StepResults(**{name: tensor[:num_rows] for name, tensor in self._results.items()})
+        begin_step(rows, results, arrays["blocks"], places, self._tail_format.tokens_per_block)
 
-        def attend(layer_id: int, rows: Projected) -> Tensor:
-            return self._attend(layer_id, rows, num_rows, formats)
+        def attend(layer_id: int, projected: Projected) -> Tensor:
+            return self._attend(layer_id, projected, places, results.bad_rows, formats)
 
-        hidden = self.model.forward(token_ids, positions, attend)
+        hidden = self.model.forward(places.token_ids, rows.positions, attend)
         logits = self._logits[:num_rows]
         self.model.logits(hidden, out=logits)
         sampling = device_sampling(arrays, num_rows)
-        drawn = outputs["token_ids"][:num_rows]
-        sample_rows(logits, sampling, self._counts, drawn, outputs["tops"][:num_rows])
-        count_tokens(self._counts, sampling.counts_row, drawn)
+        sample_rows(logits, sampling, self._counts, results.token_ids, results.tops)
+        count_tokens(self._counts, sampling.counts_row, results.token_ids)
+        finish_step(
+            rows, results, arrays["items"], arrays["seq_items"][: num_rows + 1], arrays["stops"], arrays["turn"],
+            StepResults(**self._host), self._num_special,
+        )  # fmt: skip
 
-    def _attend(self, layer_id: int, rows: Projected, num_rows: int, formats: tuple[str, ...]) -> Tensor:
-        config, arrays = self.model.config, self._on_device
+    def _attend(
+        self, layer_id: int, rows: Projected, places: StepPlaces, bad_rows: Tensor, formats: tuple[str, ...]
+    ) -> Tensor:
+        config, arrays, num_rows = self.model.config, self._on_device, len(bad_rows)
         slots, capacity = self.arena.layer(layer_id), self._capacity(num_rows)
         norm_rope_append(
             rows.product, rows.q_norm, rows.k_norm, rows.angles.table, rows.angles.positions,
             config.num_heads, config.num_kv_heads, config.rms_norm_eps, self._tail_format.name,
-            slots, arrays["tail_slots"][:num_rows], arrays["tail_offsets"][:num_rows],
-            self._outputs.on_device["bad_rows"][:num_rows],
+            slots, places.tail_slots, places.tail_offsets, bad_rows,
         )  # fmt: skip
         q = rows.product.view(num_rows, -1, config.head_dim)[:, : config.num_heads]
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -1,7 +1,6 @@
 """Errors of a CUDA device in our words."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Final
 
 import torch
 
@@ -10,14 +9,20 @@ from hmad.facts.errors import DeviceFault
 OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 
 
-@contextmanager
-def fatal_faults() -> Iterator[None]:
-    """Name what no call on this device survives, such as an illegal access. A lack of memory passes through: it costs
-    one batch or step.
+class FatalFaults:
+    """A context that names what no call on this device survives, such as an illegal access. A lack of memory passes
+    through: it costs one batch or step.
     """
-    try:
-        yield
-    except torch.AcceleratorError as error:
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        if not isinstance(error, torch.AcceleratorError):
+            return
         if getattr(error, "error_code", None) == OUT_OF_MEMORY:  # of pinned memory, or of a graph
-            raise
+            return
         raise DeviceFault(f"the device has failed, and everything on it is lost: {error}") from error
+
+
+fatal_faults: Final = FatalFaults()

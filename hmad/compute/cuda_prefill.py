@@ -107,7 +107,7 @@ class CudaPrefill:
 
     def warm_up(self, formats: Sequence[KVFormat]) -> None:
         """Have every kernel compiled, and libraries choose theirs, before the first request waits for it."""
-        with fatal_faults(), torch.inference_mode(), torch.cuda.stream(self.compute_stream):
+        with fatal_faults, torch.inference_mode(), torch.cuda.stream(self.compute_stream):
             self._graphs.capture_all()
         for fmt in formats:
             sequence = PrefillSequence(range(fmt.tokens_per_block), SamplingParams(max_tokens=2), (0,), fmt)
@@ -117,7 +117,7 @@ class CudaPrefill:
     @torch.inference_mode()
     def prefill(self, chunks: Sequence[PrefillChunk], observer: PrefillObserver) -> PrefillResult:
         """Launch one packed forward pass; while the device computes, ship each layer's blocks as they come."""
-        with fatal_faults(), torch.cuda.stream(self.compute_stream):
+        with fatal_faults, torch.cuda.stream(self.compute_stream):
             batch = Batch(self, chunks, observer)
             try:
                 forward = self._graphs.forward if len(batch.token_ids) <= self._graphs.max_rows else self.model.forward

@@ -18,8 +18,7 @@ from hmad_kernels.triton_sampling import DTYPES, DeviceSampling, reset_counts, s
 
 NO_ROW = -1  # of the counts: no penalties; of forced: none
 
-STEP_COLUMNS = ("index", "forced")  # that change from step to step
-CONSTANT_COLUMNS = tuple(name for name in DTYPES if name not in STEP_COLUMNS)
+CONSTANT_COLUMNS = tuple(name for name in DTYPES if name not in ("index", "forced"))  # that no step changes
 # The columns of a row that stay the same, and what else the host wants to know of it at a glance.
 SETTINGS = np.dtype(
     [

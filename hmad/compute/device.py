@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
+import msgspec
 import numpy as np
 import torch
 
@@ -149,15 +150,16 @@ Outcome: TypeAlias = SampledToken | HmadError
 NO_TOKEN = -2  # and no stop token either
 
 
-@dataclass(frozen=True)
-class Outcomes:
+class Outcomes(msgspec.Struct, frozen=True, eq=False):
     """A step's outcomes in columns. Nearly all are a token id and nothing else: no object is made before they are read.
 
-    token_ids int64 [B]; ``special`` has, by row, errors, and tokens about which more was asked.
+    token_ids int64 [B]; ``special`` has, by row, errors, and tokens about which more was asked. ``may_stop``: unless
+    the device knows that no row drew one of its stop tokens.
     """
 
     token_ids: np.ndarray
     special: dict[int, Outcome]
+    may_stop: bool = True
 
     @classmethod
     def of(cls, outcomes: Sequence[Outcome]) -> "Outcomes":

@@ -2,10 +2,8 @@
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
 
 import msgspec
-import numpy as np
 
 from hmad.compute.batch import DecodeBatch
 from hmad.compute.device import DecodeDevice, Outcomes
@@ -36,12 +34,11 @@ class StepOutput(msgspec.Struct, frozen=True, eq=False):
 Deliver = Callable[[Iterable[StepOutput], list[DecodeSequence]], None]
 
 
-@dataclass(frozen=True)
-class LaunchedStep:
+class LaunchedStep(msgspec.Struct, frozen=True, eq=False):
     """A step on its way. ``outcomes`` waits for it."""
 
     batch: DecodeBatch
-    indices: np.ndarray  # int32 [B]: of the tokens that it draws
+    number: int  # of the step, in its batch
     outcomes: Callable[[], Outcomes]
 
     @property
@@ -49,8 +46,7 @@ class LaunchedStep:
         return self.batch.sequences
 
 
-@dataclass(frozen=True)
-class StepOutputs:
+class StepOutputs(msgspec.Struct, frozen=True, eq=False):
     """What a step means for its sequences, but for those that had ended when it was launched.
 
     An object for each is made as it is read, which whoever is told does on a thread of its own.
@@ -62,7 +58,8 @@ class StepOutputs:
     ended: Collection[DecodeSequence]
 
     def __iter__(self) -> Iterator[StepOutput]:
-        rows = zip(self.step.sequences, self.step.indices.tolist(), self.outcomes, strict=True)
+        indices = self.step.batch.indices_of(self.step.number).tolist()
+        rows = zip(self.step.sequences, indices, self.outcomes, strict=True)
         for row, (sequence, index, outcome) in enumerate(rows):
             if sequence in self.ended:
                 continue
@@ -162,7 +159,7 @@ class DecodeEngine(Engine):
             outcomes = self._device.launch(self._batch)
         except Exception as error:
             outcomes = self._failure(error, len(self._batch))
-        launched = LaunchedStep(self._batch, self._batch.tail_lens.copy(), outcomes)
+        launched = LaunchedStep(self._batch, self._batch.step, outcomes)
         self._batch.advance()
         return launched
 
@@ -175,10 +172,11 @@ class DecodeEngine(Engine):
         finally:
             self._progress()
         ended = frozenset(self._ended)
-        reasons = step.batch.take(outcomes.token_ids, step.indices)
+        reasons = step.batch.take(step.number, outcomes.token_ids, may_stop=outcomes.may_stop)
         if step.batch is not self._batch:
             step.batch.settle()  # it has been once already, when the next one followed it
-        self._ended |= dict.fromkeys(step.sequences[row] for row in sorted({*reasons, *outcomes.failed}))
+        if reasons or outcomes.special:
+            self._ended |= dict.fromkeys(step.sequences[row] for row in sorted({*reasons, *outcomes.failed}))
         return StepOutputs(step, outcomes, reasons, ended)
 
     def _failure(self, error: Exception, num_sequences: int) -> Callable[[], Outcomes]:

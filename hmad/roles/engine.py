@@ -131,8 +131,9 @@ class Engine(abc.ABC):
     def _wait_for_work(self) -> bool:
         """Sleep until there is work; False when stopping."""
         with self._wake:
-            self._busy = self._has_work()
-            self._wake.wait_for(lambda: self._stopping or self._fault or self._has_work())
+            if not self._has_work():
+                self._busy = False
+                self._wake.wait_for(lambda: self._stopping or self._fault or self._has_work())
             if self._fault is not None:
                 raise self._fault
             self._progress_s = time.monotonic()  # before busy: whoever looks now must not see the last one's
