@@ -418,7 +418,7 @@ def _settle_kernel(
     tl.store(tokens_out + row, token.to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _count_kernel(counts, counts_row, tokens, num_tokens, vocab, BLOCK: tl.constexpr):
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = place < num_tokens

@@ -14,10 +14,8 @@ import triton.language as tl
 
 from hmad_kernels.triton_common import check_place, check_tensor, interprets
 
-NO_ROW = -1  # of the step before: the host knows the newest token; of the block table: the row is padding
 MOST_STOPS = 4  # stop tokens of a row that the device watches for
 ROWS = 256  # of a program, or of one turn of its loop
-# One warp: the turn, which all of its threads read and one of them writes, needs no barrier.
 STEP_OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
 
 
@@ -25,11 +23,11 @@ STEP_OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
 class StepRows:
     """Rows of a batch, [B] each, as they stand before a step. The host writes them when members change."""
 
-    sources: torch.Tensor  # the row of the step before that drew the newest token, or NO_ROW
-    known: torch.Tensor  # the newest token, where no step has drawn it
+    sources: torch.Tensor  # the row of the step before that drew the newest token; NO_ROW: it is ``known``
+    known: torch.Tensor
     positions: torch.Tensor  # where the newest token goes
     index: torch.Tensor  # of the token to draw; the tail has as many tokens once the newest is appended
-    tail_firsts: torch.Tensor  # index of the tail's first block in the block table, or NO_ROW
+    tail_firsts: torch.Tensor  # index of the tail's first block in the block table; NO_ROW: the row is padding
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class StepPlaces:
     """What ``begin_step`` works out for the kernels of the step, [B] each."""
 
     token_ids: torch.Tensor  # to feed
-    tail_slots: torch.Tensor  # where the newest token's KV is appended, or NO_ROW
+    tail_slots: torch.Tensor  # where the newest token's KV is appended; NO_ROW: nowhere
     tail_offsets: torch.Tensor
 
 
@@ -61,20 +59,31 @@ RESULT_DTYPES = {"token_ids": torch.int64, "tops": torch.float32, "bad_rows": to
 
 
 def begin_step(
-    rows: StepRows, results: StepResults, block_table: torch.Tensor, places: StepPlaces, tail_tokens: int
+    rows: StepRows,
+    drawn: torch.Tensor,
+    block_table: torch.Tensor,
+    places: StepPlaces,
+    bad_rows: torch.Tensor,
+    tail_tokens: int,
 ) -> None:
-    """Work out each row's place from its count, and its newest token; ``results`` are those of the step before, whose
-    ``bad_rows`` are cleared for this one. ``tail_tokens`` are those of a tail's block. ``block_table`` int32 on the
-    device is not checked: whoever made it did. Raises ValueError on shapes, dtypes and memory that do not fit.
+    """Work out each row's newest token, and from its count where that goes. ``drawn`` int64 [any] are the tokens of the
+    step before, which may have had other rows; ``block_table`` int32 [any]; ``tail_tokens`` are those of a tail's
+    block. ``bad_rows`` uint8 [B] is cleared.
+
+    What indices say is not checked: whoever made them on the host did. Raises ValueError on shapes, dtypes and memory
+    that do not fit.
     """
     num_rows = len(rows.sources)
     _check(rows, ROW_DTYPES, num_rows)
-    _check(results, RESULT_DTYPES, num_rows)
     _check(places, PLACE_DTYPES, num_rows)
+    check_tensor("drawn", drawn, torch.int64, (-1,))
     check_tensor("block_table", block_table, torch.int32, (-1,))
+    check_tensor("bad_rows", bad_rows, torch.uint8, (num_rows,))
+    others = {"places": places.token_ids, "drawn": drawn, "block_table": block_table, "bad_rows": bad_rows}
+    check_place(vars(rows) | others)
     _begin_kernel[(triton.cdiv(num_rows, ROWS),)](
         rows.sources, rows.known, rows.index, rows.tail_firsts, block_table,
-        results.token_ids, results.bad_rows, places.token_ids, places.tail_slots, places.tail_offsets,
+        drawn, bad_rows, places.token_ids, places.tail_slots, places.tail_offsets,
         num_rows, TAIL_TOKENS=tail_tokens, ROWS=ROWS, **STEP_OPTIONS,
     )  # fmt: skip
 
@@ -93,7 +102,7 @@ def finish_step(
     many rows the host has to look at: those with bad KV, with a top that is not finite, or with a token of their column
     of ``stops`` int64 [MOST_STOPS, as many columns as rows or more], where -1 is none. Then count on: turn, positions
     and indices by one, and the last of each row's ``items`` (see ``split_items``) by one token. Every row's newest
-    token is its own now.
+    token is its own now. What indices say is not checked.
 
     Raises ValueError on shapes, dtypes and memory that do not fit.
     """
@@ -111,6 +120,8 @@ def finish_step(
     for name, room in (("stops", stops.shape[1]), ("the host", host_rows)):
         if room < num_rows:
             raise ValueError(f"{name} has room for {room} rows, not for {num_rows}")
+    on_device = {"results": results.token_ids, "items": items, "seq_items": seq_items, "stops": stops, "turn": turn}
+    check_place(vars(rows) | on_device)
     pinned = (host.token_ids, host.tops, host.bad_rows, host_num_special)
     if not interprets() and not all(tensor.is_pinned() for tensor in pinned):
         raise ValueError("a kernel writes to the host's memory, which must be pinned for that")
@@ -128,7 +139,7 @@ def _check(part: StepRows | StepPlaces | StepResults, dtypes: Mapping[str, torch
     check_place(vars(part))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # or other numbers would have it compiled anew, between two steps
 def _begin_kernel(
     sources, known, index, tail_firsts, block_table, drawn, bad_rows, token_ids, tail_slots, tail_offsets, num_rows,
     TAIL_TOKENS: tl.constexpr, ROWS: tl.constexpr,
@@ -148,7 +159,7 @@ def _begin_kernel(
     tl.store(bad_rows + row, tl.zeros([ROWS], tl.uint8), mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _finish_kernel(
     sources, positions, index, tail_firsts, drawn, tops, bad_rows, items, seq_items, stops, turn,
     host_drawn, host_tops, host_bad_rows, host_num_special, num_rows, stops_rows, host_rows,

@@ -71,10 +71,16 @@ class Decoder:
         prompt = np.array(prompt_of(num_tokens), np.uint32) % self.model.config.vocab_size
         return DecodeSequence(prompt, params, seed, (Segment(fmt, num_tokens, slots),), self.tail, tail, [11])
 
+    def join(self, *sequences: DecodeSequence) -> None:
+        """Let them decode, over what was put into the arena on another stream than the engine's."""
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.engine.join_batch(sequences)
+
     def decode(self, *sequences: DecodeSequence) -> dict[DecodeSequence, list[SampledToken]]:
         """Until all have ended and left."""
         tokens: dict[DecodeSequence, list[SampledToken]] = {s: [] for s in sequences}
-        self.engine.join_batch(sequences)
+        self.join(*sequences)
         ended = set[DecodeSequence]()
         while len(ended) < len(sequences):
             output = self.outputs.get(timeout=PATIENCE_S)

@@ -242,7 +242,7 @@ def test_stop_tokens_and_cancels_while_a_step_is_in_flight() -> None:
         [stopped] = decoder.decode(decoder.sequence(FORMATS["int8"], 90, params)).values()
         assert [t.token_id for t in stopped] == ids[: stop + 1]
     long = decoder.sequence(FORMATS["bf16"], 64, SamplingParams(max_tokens=300, temperature=0.0))
-    decoder.engine.join_batch([long])
+    decoder.join(long)
     decoder.outputs.get(timeout=PATIENCE_S)
     decoder.engine.drop([long])
     while decoder.outputs.get(timeout=PATIENCE_S).finish_reason != "cancelled":
@@ -258,7 +258,7 @@ def test_nan_in_a_step_fails_its_sequence_alone() -> None:
     good = decoder.sequence(FORMATS["bf16"], 20, SamplingParams(max_tokens=5, temperature=0.0))
     bad = decoder.sequence(FORMATS["bf16"], 20, SamplingParams(max_tokens=5, forced_token_ids=(0, 5, 5, 5, 5)))
     poison_token(decoder.model, 5)
-    decoder.engine.join_batch([good, bad])
+    decoder.join(good, bad)
     errors, finished = {}, set()
     while len(errors) + len(finished) < 2:
         output = decoder.outputs.get(timeout=PATIENCE_S)

@@ -6,7 +6,9 @@ all else of the device is as it is on a GPU.
 """
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,9 +35,9 @@ from hmad.facts.errors import LocalError, NonFiniteKVError
 from hmad.facts.formats import FORMATS, KVFormat
 from hmad.facts.sampling import SampledToken, SamplingParams
 from hmad_kernels.triton_attention import split_items
+from hmad_kernels.triton_common import NO_ROW
 from hmad_kernels.triton_step import (
     MOST_STOPS,
-    NO_ROW,
     PLACE_DTYPES,
     RESULT_DTYPES,
     ROW_DTYPES,
@@ -100,7 +102,8 @@ class Stepped:
         self.num_special = host_memory(TURNS, dtype=torch.int32)
 
     def begin(self) -> None:
-        begin_step(self.rows, self.results, self.block_table, self.places, TAIL_TOKENS)
+        drawn, bad_rows = self.results.token_ids, self.results.bad_rows
+        begin_step(self.rows, drawn, self.block_table, self.places, bad_rows, TAIL_TOKENS)
 
     def finish(self) -> None:
         finish_step(
@@ -134,6 +137,17 @@ def test_the_device_counts_on_as_the_batch_does(shapes: Shapes, num_steps: int) 
     items, seq_items = stepped.items.cpu().numpy(), stepped.seq_items.cpu().numpy()
     for row, sequence in enumerate(batch.sequences):
         assert places_of_runs(batch, items[seq_items[row] : seq_items[row + 1], 1:]) == places(sequence)
+
+
+def test_tokens_come_from_other_rows_of_the_step_before() -> None:
+    """Of a batch that was larger."""
+    stepped = Stepped(DecodeBatch(sequences_of([([], n) for n in range(3)])))
+    stepped.rows.sources[:3] = on_device(np.array([6, NO_ROW, 0]), torch.int64)
+    stepped.results = StepResults(
+        **(vars(stepped.results) | {"token_ids": on_device(10 + np.arange(7), torch.int64)})  # two rows more than now
+    )
+    stepped.begin()
+    assert stepped.places.token_ids.tolist() == [16, 51, 10, 0, 0]
 
 
 def test_more_rows_than_a_program_has() -> None:
@@ -189,39 +203,104 @@ def test_steps_refuse_what_does_not_fit() -> None:
 # --- the device ---
 
 
+class HostAsDevice:
+    """A stream of the host. It does at once what it is asked for; or, ``late``, nothing before somebody waits. What a
+    GPU does lies between the two.
+    """
+
+    def __init__(self) -> None:
+        self.late = False
+        self._work: deque[Callable[[], object]] = deque()
+
+    def do(self, run: Callable[[], object]) -> None:
+        self._work.append(run)
+        if not self.late:
+            self.synchronize()
+
+    def synchronize(self, until: Callable[[], object] | None = None) -> None:
+        while self._work:
+            run = self._work.popleft()
+            run()
+            if run is until:
+                return
+
+    def is_ahead(self, run: Callable[[], object]) -> bool:
+        return run in self._work
+
+
+STREAM = HostAsDevice()
+
+
+class HostStream:
+    def __init__(self, device: torch.device) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        STREAM.synchronize()
+
+
+class HostEvent:
+    def __init__(self, *, blocking: bool) -> None:
+        self._mark: Callable[[], object] = lambda: None
+
+    def record(self, stream: HostStream) -> None:
+        self._mark = partial(id, self)  # one of its own
+        STREAM.do(self._mark)
+
+    def synchronize(self) -> None:
+        if STREAM.is_ahead(self._mark):
+            STREAM.synchronize(self._mark)
+
+
 class UncapturedGraph:
     """What a graph would replay, called."""
 
     def __init__(self, run: Callable[[], object]) -> None:
-        self._run = run
+        self._run = torch.inference_mode()(run)
 
-    @torch.inference_mode()
     def replay(self) -> None:
-        self._run()
+        STREAM.do(self._run)
 
 
 @pytest.fixture(autouse=True)
 def host_as_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Streams and events of a device that has done everything as soon as it is asked for."""
+    """Where there is no GPU."""
     if not INTERPRETED:
         return
+    capture, bring, reset = CudaDecode._capture, cuda_buffers.Bundle._bring, cuda_decode.reset_counts
+
+    def capture_at_once(*arguments: Any) -> Any:
+        """A capture waits for the stream; what it runs is not of the host, and does not wait for events."""
+        STREAM.synchronize()
+        late, STREAM.late = STREAM.late, False
+        graph = capture(*arguments)
+        STREAM.late = late
+        return graph
+
+    def reset_in_order(*arguments: Any) -> None:
+        STREAM.synchronize()
+        reset(*arguments)
 
     def nothing(*arguments: object) -> None:
         pass
 
-    def ordered(*arguments: object, **options: object) -> SimpleNamespace:
-        return SimpleNamespace(synchronize=nothing, record=nothing)
-
     for name in ("synchronize", "set_stream", "empty_cache", "graph_pool_handle"):
         monkeypatch.setattr(torch.cuda, name, nothing)
-    for name in ("Stream", "Event"):
-        monkeypatch.setattr(torch.cuda, name, ordered)
-    properties = SimpleNamespace(multi_processor_count=2)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "Stream", HostStream)
+    monkeypatch.setattr(torch.cuda, "Event", HostEvent)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=2))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(CudaDecode, "_capture", capture_at_once)
     monkeypatch.setattr(cuda_decode, "captured", lambda run, pool: UncapturedGraph(run))
+    monkeypatch.setattr(cuda_decode, "reset_counts", reset_in_order)
+    monkeypatch.setattr(cuda_buffers.Bundle, "_bring", lambda *arguments: STREAM.do(lambda: bring(*arguments)))
     for module in (cuda_buffers, cuda_decode):
         monkeypatch.setattr(module, "pinned", lambda shape, dtype: torch.zeros(shape, dtype=dtype))
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(STREAM, "late", True)
 
 
 @pytest.fixture(scope="module")
@@ -263,14 +342,17 @@ def answers(decoder: Decoder, requests: Sequence[Request]) -> list[list[SampledT
     return [tokens[sequence] for sequence in sequences]
 
 
+@pytest.mark.usefixtures("late")
 @pytest.mark.parametrize("decoders", [1, 3], indirect=True)
-def test_changing_batches_draw_what_the_cpu_draws(decoders: list[Decoder]) -> None:
-    """Greedily, by chance and under penalties; tails of several blocks of 8 tokens."""
+def test_changing_batches_draw_what_the_cpu_draws(decoders: list[Decoder], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedily, by chance, under penalties and forced; tails of several blocks of 8 tokens."""
+    monkeypatch.setattr(cuda_decode, "PLAN_STEPS", 4)
     kinds: list[dict[str, Any]] = [
         {"temperature": 0.0},
         {"temperature": 0.8, "top_k": 20, "top_p": 0.9},
         {"temperature": 0.0, "repetition_penalty": 1.3},
         {"temperature": 0.7, "presence_penalty": 0.5, "frequency_penalty": 0.4},
+        {"temperature": 0.8, "forced_token_ids": tuple(range(12))},
         {"temperature": 0.0, "stop_token_ids": tuple(range(0, VOCAB, 4))},
     ]
     requests = [
@@ -354,7 +436,7 @@ def run_to_the_end(
     """Errors, and token ids of all."""
     errors: dict[DecodeSequence, Exception] = {}
     told: dict[DecodeSequence, list[int]] = {sequence: [] for sequence in sequences}
-    decoder.engine.join_batch(sequences)
+    decoder.join(*sequences)
     for _ in sequences:
         sequence = decoder.left.get(timeout=60)
         decoder.arena.release(sequence.prefix[0].slots)

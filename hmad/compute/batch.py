@@ -81,8 +81,9 @@ class DecodeBatch:
     @property
     def segments(self) -> np.ndarray:
         """int32 [num_segments, 3]: format code, num_tokens, first index into the block table."""
-        self._segments[self._tails, 1] = self.tail_lens
-        return self._segments
+        segments = self._segments.copy()
+        segments[self._tails, 1] = self.tail_lens
+        return segments
 
     @property
     def newest_tokens(self) -> np.ndarray:

@@ -32,9 +32,8 @@ class Field:
 class Bundle:
     """Arrays by name, in one block of device memory and on the host, which brings all of them at once.
 
-    What is to be uploaded is written to ``arrays``, which keep it: only what changes is written again. The pinned
-    copies that it passes through take turns: whoever uploads again has made sure that the upload before the last is
-    done.
+    What is to be uploaded is written to ``arrays``. The pinned copies that it passes through take turns: whoever
+    uploads again has made sure that the upload before the last is done.
     """
 
     def __init__(self, fields: Mapping[str, Field], device: torch.device) -> None:
@@ -66,4 +65,7 @@ class Bundle:
             name, length = up_to
             end = self._starts[name] + length * self.arrays[name].itemsize
         turn.numpy()[:end] = self._values[:end]
-        self._device[:end].copy_(turn[:end], non_blocking=True)
+        self._bring(turn[:end])
+
+    def _bring(self, values: Tensor) -> None:
+        self._device[: len(values)].copy_(values, non_blocking=True)

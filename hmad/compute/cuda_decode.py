@@ -12,7 +12,6 @@ every call costs several times what it does in a loop: so there are few.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle
 
 import numpy as np
 import torch
@@ -25,7 +24,6 @@ from hmad.compute.cuda_faults import fatal_faults
 from hmad.compute.cuda_graphs import Pool, buckets_up_to, captured
 from hmad.compute.cuda_sampler import (
     CONSTANT_COLUMNS,
-    NO_ROW,
     SETTINGS,
     device_sampling,
     forced_token,
@@ -48,6 +46,7 @@ from hmad_kernels.triton_attention import (
     resident_programs,
     split_items,
 )
+from hmad_kernels.triton_common import NO_ROW
 from hmad_kernels.triton_rope import norm_rope_append
 from hmad_kernels.triton_sampling import count_tokens, reset_counts, sample_rows
 from hmad_kernels.triton_step import (
@@ -80,6 +79,15 @@ class Members:
     settings: np.ndarray  # SETTINGS [B]
     forced: Forced
     described: list[int]  # rows whose logits the host wants
+    plan_ends: int  # the step for which the plan of attention does not serve any more
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Where a step leaves its outcomes, and what happens when they are there. Two take turns."""
+
+    arrays: dict[str, np.ndarray]
+    done: torch.cuda.Event
 
 
 class CudaDecode:
@@ -102,7 +110,7 @@ class CudaDecode:
             return {name: torch.zeros(max_batch_size, dtype=dtype, device=device) for name, dtype in dtypes.items()}
 
         self._rows = Bundle(  # brought when members change, and counted on by the device
-            sampling_fields(("forced", *CONSTANT_COLUMNS), max_batch_size)
+            sampling_fields(CONSTANT_COLUMNS, max_batch_size)
             | {name: Field(dtype, (max_batch_size,)) for name, dtype in ROW_DTYPES.items()}
             | {
                 "stops": Field(torch.int64, (MOST_STOPS, max_batch_size)),
@@ -114,14 +122,17 @@ class CudaDecode:
         self._plan = Bundle(  # likewise, and anew every PLAN_STEPS steps
             {"items": Field(torch.int32, (capacity, 4)), "seq_items": Field(torch.int32, (max_batch_size + 1,))}, device
         )
-        self._on_device = self._rows.on_device | self._plan.on_device
+        self._forced = Bundle(sampling_fields(("forced",), max_batch_size), device)
+        self._on_device = self._rows.on_device | self._plan.on_device | self._forced.on_device
         self._places, self._results = room(PLACE_DTYPES), room(RESULT_DTYPES)
         self._host = {name: pinned((TURNS, max_batch_size), dtype) for name, dtype in RESULT_DTYPES.items()}
         self._num_special = pinned((TURNS,), torch.int32)
         told = self._host | {"num_special": self._num_special}
-        self._turns = [{name: tensor[turn].numpy() for name, tensor in told.items()} for turn in range(TURNS)]
+        self._turns = [
+            Turn({name: tensor[turn].numpy() for name, tensor in told.items()}, torch.cuda.Event(blocking=True))
+            for turn in range(TURNS)
+        ]
         self._turn = 0  # of the next step
-        self._done = cycle([torch.cuda.Event(blocking=True) for _ in range(TURNS)])
         shapes = partial_shapes(capacity, config.num_heads, config.head_dim)
         self._partials = [torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes]
         self._logits = torch.empty((max_batch_size, config.vocab_size), dtype=torch.float32, device=device)
@@ -130,7 +141,6 @@ class CudaDecode:
         self._graphs: dict[tuple[int, tuple[str, ...]], torch.cuda.CUDAGraph] = {}
         self._pool: Pool = torch.cuda.graph_pool_handle()
         self._members: Members | None = None  # of the last step
-        self._plan_ends = 0  # the step of its batch for which the plan does not serve any more
         self._counted: dict[DecodeSequence, int] = {}  # rows of the counts
         torch.cuda.synchronize(device)  # what was made on the default stream is there for ours
 
@@ -169,28 +179,21 @@ class CudaDecode:
         """One step, whose outcomes are there after the event."""
         members.graph.replay()
         described = {row: self._logits[row].to("cpu", non_blocking=True, copy=True) for row in members.described}
-        done, turn = next(self._done), self._turns[self._turn]
-        done.record(self._stream)
+        turn = self._turns[self._turn]
+        turn.done.record(self._stream)
         self._turn = (self._turn + 1) % TURNS
-        return partial(self._collect, members.batch, members.batch.step, turn, described, done)
+        return partial(self._collect, members.batch, members.batch.step, described, turn)
 
-    def _collect(
-        self,
-        batch: DecodeBatch,
-        step: int,
-        turn: dict[str, np.ndarray],
-        described: dict[int, Tensor],
-        done: torch.cuda.Event,
-    ) -> Outcomes:
+    def _collect(self, batch: DecodeBatch, step: int, described: dict[int, Tensor], turn: Turn) -> Outcomes:
         with fatal_faults:
-            done.synchronize()
-        size = len(batch)
-        token_ids = turn["token_ids"][:size].copy()  # the turn is taken again before all have read them
-        if not (described or turn["num_special"]):
+            turn.done.synchronize()
+        size, arrays = len(batch), turn.arrays
+        token_ids = arrays["token_ids"][:size].copy()  # the turn is taken again before all have read them
+        if not (described or arrays["num_special"]):
             return Outcomes(token_ids, {}, may_stop=len(batch.stop_token_ids) > MOST_STOPS)
         raw = {row: logits.numpy() for row, logits in described.items()}
-        outcomes = outcomes_of(batch.sequences, batch.indices_of(step), token_ids, turn["tops"][:size], raw)
-        positions, bad_rows = batch.positions_of(step), turn["bad_rows"][:size].nonzero()[0].tolist()
+        outcomes = outcomes_of(batch.sequences, batch.indices_of(step), token_ids, arrays["tops"][:size], raw)
+        positions, bad_rows = batch.positions_of(step), arrays["bad_rows"][:size].nonzero()[0].tolist()
         outcomes.special.update((row, non_finite(None, int(positions[row]))) for row in bad_rows)
         return outcomes
 
@@ -199,6 +202,7 @@ class CudaDecode:
     @torch.inference_mode()
     def _adopt(self, batch: DecodeBatch, before: Members | None) -> Members:
         """The members have changed: what follows from them alone. Those that stay keep their settings."""
+        batch.settle()  # outputs are read here
         num_rows = next(size for size in self._buckets if size >= len(batch))
         codes = sorted(set(batch.segments[:, 0].tolist()))
         graph = self._graph_for(num_rows, tuple(FORMAT_NAMES[code] for code in codes))
@@ -212,19 +216,19 @@ class CudaDecode:
         settings["counts_row"] = self._count_rows(sequences, settings["is_penalized"])
         known = {row: sequences[row].output_token_ids[-1] for row in new}
         forced = [(row, sequences[row]) for row in settings["is_forced"].nonzero()[0].tolist()]
-        self._bring_rows(batch, sources, settings, known, forced)
-        self._bring_plan(batch, num_rows)
+        self._bring_rows(batch, sources, settings, known)
+        self._bring_forced(batch, forced)
+        plan_ends = self._bring_plan(batch, num_rows)
         described = settings["is_described"].nonzero()[0].tolist()
         rows = {sequence: row for row, sequence in enumerate(sequences)}
-        return Members(batch, rows, num_rows, graph, settings, forced, described)
+        return Members(batch, rows, num_rows, graph, settings, forced, described, plan_ends)
 
     def _bring_changes(self, members: Members) -> None:
         """What else the device cannot know by itself."""
-        if members.batch.step >= self._plan_ends:
-            self._bring_plan(members.batch, members.num_rows)
+        if members.batch.step >= members.plan_ends:
+            members.plan_ends = self._bring_plan(members.batch, members.num_rows)
         if members.forced:
-            self._fill_forced(members.batch, members.forced)
-            self._rows.upload(up_to=("forced", len(members.batch)))
+            self._bring_forced(members.batch, members.forced)
 
     def _bring_rows(
         self,
@@ -232,7 +236,6 @@ class CudaDecode:
         sources: np.ndarray,
         settings: np.ndarray,
         known: dict[int, int],
-        forced: Forced,
     ) -> None:
         """Where the members stand, and how they sample; ``known`` are newest tokens that no step has drawn, by row."""
         arrays, size, num_blocks = self._rows.arrays, len(batch), len(batch.block_table)
@@ -249,25 +252,25 @@ class CudaDecode:
         arrays["stops"][: len(stops), :size] = stops
         arrays["stops"][len(stops) :, :size] = NO_STOP
         self._fill_padding(size)
-        self._fill_forced(batch, forced)
         arrays["blocks"][:num_blocks] = batch.block_table
         self._rows.upload(up_to=("blocks", num_blocks))
 
-    def _fill_forced(self, batch: DecodeBatch, forced: Forced) -> None:
-        """Tokens that the next step has to draw; what stands there of the step before is of the same rows."""
-        indices = batch.tail_lens
+    def _bring_forced(self, batch: DecodeBatch, forced: Forced) -> None:
+        """Tokens that the next step has to draw; no other row is forced."""
+        array, indices = self._forced.arrays["forced"], batch.tail_lens
+        array[:] = NO_ROW
         for row, sequence in forced:
-            self._rows.arrays["forced"][row] = forced_token(sequence.params, int(indices[row]))
+            array[row] = forced_token(sequence.params, int(indices[row]))
+        self._forced.upload()
 
     def _fill_padding(self, first: int) -> None:
-        """Rows beyond the batch touch nothing, and are never counted on; and no row is forced, unless it is said so."""
+        """Rows beyond the batch touch nothing, and are never counted on. The step takes its turn."""
         arrays = self._rows.arrays
         for name in ("sources", "tail_firsts", "counts_row"):
             arrays[name][first:] = NO_ROW
         for name in ("known", "positions", "temperature"):
             arrays[name][first:] = 0
         arrays["index"][first:] = 1
-        arrays["forced"][:] = NO_ROW
         arrays["turn"][0] = self._turn
 
     def _count_rows(self, sequences: Sequence[DecodeSequence], is_penalized: np.ndarray) -> np.ndarray:
@@ -288,9 +291,9 @@ class CudaDecode:
         self._counted = kept
         return count_rows
 
-    def _bring_plan(self, batch: DecodeBatch, num_rows: int) -> None:
-        """Items of attention for the steps to come: from one to the next only the last of each sequence grows, by the
-        token that was appended to its tail. Only so many, because the tails' items do not get more.
+    def _bring_plan(self, batch: DecodeBatch, num_rows: int) -> int:
+        """Items of attention for the steps to come, and the step that they serve no more. From one step to the next the
+        last item of each sequence grows, by the token that was appended to its tail: after some they are uneven.
         """
         capacity, size, arrays, segments = self._capacity(num_rows), len(batch), self._plan.arrays, batch.segments
         item_tokens = item_tokens_for(
@@ -301,7 +304,7 @@ class CudaDecode:
         arrays["seq_items"][: size + 1] = seq_items
         arrays["seq_items"][size + 1 : num_rows + 1] = seq_items[-1]
         self._plan.upload()
-        self._plan_ends = batch.step + PLAN_STEPS
+        return batch.step + PLAN_STEPS
 
     # --- graphs ---
 
@@ -325,6 +328,8 @@ class CudaDecode:
         self._plan.arrays["seq_items"][:] = 0
         self._rows.upload()
         self._plan.upload()
+        self._forced.arrays["forced"][:] = NO_ROW
+        self._forced.upload()
         self._forward(num_rows, formats)  # compiles kernels, and lets libraries choose theirs
         self._stream.synchronize()
         graph = captured(lambda: self._forward(num_rows, formats), self._pool)
@@ -337,7 +342,8 @@ class CudaDecode:
         rows = StepRows(**{name: arrays[name][:num_rows] for name in ROW_DTYPES})
         places = StepPlaces(**{name: tensor[:num_rows] for name, tensor in self._places.items()})
         results = StepResults(**{name: tensor[:num_rows] for name, tensor in self._results.items()})
-        begin_step(rows, results, arrays["blocks"], places, self._tail_format.tokens_per_block)
+        drawn, tail_tokens = self._results["token_ids"], self._tail_format.tokens_per_block
+        begin_step(rows, drawn, arrays["blocks"], places, results.bad_rows, tail_tokens)
 
         def attend(layer_id: int, projected: Projected) -> Tensor:
             return self._attend(layer_id, projected, places, results.bad_rows, formats)

@@ -14,9 +14,8 @@ from hmad.compute.device import Outcome, Outcomes
 from hmad.compute.sampler import SamplerInput, describe, non_finite
 from hmad.compute.sequence import DecodeSequence
 from hmad.facts.sampling import SamplingParams
+from hmad_kernels.triton_common import NO_ROW
 from hmad_kernels.triton_sampling import DTYPES, DeviceSampling, reset_counts, sample_rows
-
-NO_ROW = -1  # of the counts: no penalties; of forced: none
 
 CONSTANT_COLUMNS = tuple(name for name in DTYPES if name not in ("index", "forced"))  # that no step changes
 # The columns of a row that stay the same, and what else the host wants to know of it at a glance.

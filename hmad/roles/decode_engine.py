@@ -196,6 +196,8 @@ class DecodeEngine(Engine):
 
     def _end(self) -> None:
         self._tell()
+        if self._in_flight:
+            self._in_flight.outcomes()  # nobody reads them; but the device may go only when it has written them
 
     def _let_go(self) -> list[DecodeSequence]:
         """What has ended is in no further step; and no longer ours, once it is in none."""
