@@ -161,15 +161,16 @@ def item_tokens_for(
     num_waves = min(max(1, num_tokens // (wave * WAVE_ITEM_TOKENS)), most // wave)
     wanted = max(wave * num_waves, 2 * num_main)
     least = max(-(-num_tokens // (wanted * MOST_BLOCK_TOKENS)), LEAST_ITEM_TOKENS // MOST_BLOCK_TOKENS)  # blocks
-    # Twice the least leaves room for the end of every segment.
-    sizes = np.unique(least + -(-np.arange(33) * least // 32)) * MOST_BLOCK_TOKENS
-    counts = -(-segments[:, 1] // sizes[:, None])
-    even = -(-segments[:, 1] // (np.maximum(counts, 1) * MOST_BLOCK_TOKENS))  # blocks of a segment's items
-    longest = even.max(axis=1, where=is_main, initial=1)
-    waves = np.maximum(-(-counts.sum(axis=1, where=is_main) // wave), 1)
-    full = 1 / (waves * longest)  # as if every wave took as long as the longest item
+    # In blocks, as all below. Twice the least leaves room for the end of every segment.
+    sizes = np.unique(least + -(-np.arange(33) * least // 32)).astype(np.int32)
+    blocks = -(-np.concatenate((segments[is_main, 1], segments[~is_main, 1])) // MOST_BLOCK_TOKENS)
+    counts = -(-blocks // sizes[:, None])
+    main_counts = counts[:, :num_main]
+    longest = -(-blocks[:num_main] // np.maximum(main_counts, 1))  # of a segment's items
+    waves = np.maximum(-(-main_counts.sum(axis=1) // wave), 1)
+    full = 1 / (waves * longest.max(axis=1, initial=1))  # as if every wave took as long as the longest item
     full[counts.sum(axis=1) > max(most, 2 * batch) + 2 * batch] = 0.0
-    return int(sizes[full >= FULL_ENOUGH * full.max()][-1])
+    return MOST_BLOCK_TOKENS * int(sizes[full >= FULL_ENOUGH * full.max()][-1])
 
 
 def plan_capacity(batch: int, num_kv_heads: int, num_multiprocessors: int) -> int:
