@@ -70,7 +70,7 @@ Forced = list[tuple[int, DecodeSequence]]  # rows under teacher forcing
 
 @dataclass(eq=False)
 class Members:
-    """What of a batch's metadata stays the same until its members change."""
+    """A batch as the device was told of it, until its members change."""
 
     batch: DecodeBatch
     rows: dict[DecodeSequence, int]
@@ -230,13 +230,7 @@ class CudaDecode:
         if members.forced:
             self._bring_forced(members.batch, members.forced)
 
-    def _bring_rows(
-        self,
-        batch: DecodeBatch,
-        sources: np.ndarray,
-        settings: np.ndarray,
-        known: dict[int, int],
-    ) -> None:
+    def _bring_rows(self, batch: DecodeBatch, sources: np.ndarray, settings: np.ndarray, known: dict[int, int]) -> None:
         """Where the members stand, and how they sample; ``known`` are newest tokens that no step has drawn, by row."""
         arrays, size, num_blocks = self._rows.arrays, len(batch), len(batch.block_table)
         if num_blocks > len(arrays["blocks"]):
