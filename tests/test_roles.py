@@ -210,13 +210,19 @@ class AheadDecode:
 
     def __init__(self) -> None:
         self.steps: list[list[tuple[int, int, int]]] = []  # seed, tokens in the tail, tokens known
+        self.num_awaited = 0
 
     def launch(self, batch: DecodeBatch) -> Callable[[], Outcomes]:
         batch.settle()
         known = [(s.seed, s.num_tail_tokens, len(s.output_token_ids)) for s in batch.sequences]
         self.steps.append(known)
         tokens = Outcomes(batch.tail_lens.astype(np.int64), {})
-        return lambda: tokens
+
+        def outcomes() -> Outcomes:
+            self.num_awaited += 1
+            return tokens
+
+        return outcomes
 
 
 def test_a_step_is_launched_before_the_last_one_s_tokens_are_known() -> None:
@@ -265,6 +271,7 @@ def test_what_is_dropped_leaves_when_the_step_in_flight_is_done() -> None:
     assert cancelled_at < left_at  # the step in flight still had it
     engine.stop()
     assert engine.join(PATIENCE_S)
+    assert device.num_awaited == len(device.steps)  # nobody may take from the device what a step still writes to
 
 
 class SteppedEngine:
