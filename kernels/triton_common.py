@@ -152,7 +152,8 @@ def _butterfly(x, APART: tl.constexpr):
     """The sums of values that stand APART apart, and their differences."""
     pairs = tl.reshape(x, [x.numel // (2 * APART), 2, APART])
     if INTERPRETED:  # it would fold by a loop in Python
-        partner = tl.flip(pairs, 1)
+        low, high = tl.split(tl.permute(pairs, [0, 2, 1]))
+        partner = tl.permute(tl.join(high, low), [0, 2, 1])
     else:
         bits = bits_of(pairs)
         partner = float_of(bits ^ tl.xor_sum(bits, axis=1, keep_dims=True))

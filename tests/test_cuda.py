@@ -2,7 +2,6 @@
 
 import signal
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +11,20 @@ import torch
 from daemons import DecodeDaemon, PrefillDaemon, needs_gpu, running
 from decoders import PATIENCE_S, Decoder, logits_of, poison_token, prompt_of, relative_error
 from openai import OpenAI
+from prefilled import Prefilled, sequence_of
 
 from hmad.compute.arena import Arena
 from hmad.compute.codecs import decode
 from hmad.compute.cpu import CpuDecode, CpuPrefill
 from hmad.compute.device import (
-    EncodedBlocks,
-    LayerClock,
     PrefillChunk,
-    PrefillDevice,
-    PrefillObserver,
-    PrefillSequence,
 )
 from hmad.compute.landing import HostLane
 from hmad.compute.loading import load_model
 from hmad.compute.staging import StagingPool
 from hmad.facts.errors import LocalError, NonFiniteKVError
 from hmad.facts.formats import FORMATS, KVFormat, KVGeometry
-from hmad.facts.sampling import SampledToken, SamplingParams
+from hmad.facts.sampling import SamplingParams
 
 pytestmark = needs_gpu
 
@@ -43,30 +38,6 @@ CLOSE = 0.02  # of bf16 in one pass and in chunks
 AS_GOOD = 1.25  # how much farther from fp32 the GPU may be than the CPU in the same precision
 
 
-class Prefilled:
-    """Prompts through a device: every block it emits, in order, and the first tokens."""
-
-    def __init__(self, device: PrefillDevice, staging: StagingPool) -> None:
-        self.device, self.staging = device, staging
-        self.blocks: dict[tuple[PrefillSequence, int, int], np.ndarray] = {}
-        self.clocks: list[LayerClock] = []
-
-    def keep(self, blocks: EncodedBlocks) -> None:
-        tokens = blocks.num_blocks
-        for number, payload in enumerate(blocks.payload.reshape(tokens, -1)):
-            self.blocks[blocks.sequence, blocks.layer_id, blocks.first_block + number] = payload.copy()
-        self.staging.release(blocks.page)
-
-    def run(self, *chunks: PrefillChunk) -> dict[PrefillSequence, list[SampledToken]]:
-        return self.device.prefill(chunks, PrefillObserver(self.keep, self.clocks.append)).first_tokens
-
-    def raw(self, sequence: PrefillSequence, layer_id: int) -> np.ndarray:
-        """uint8 [num_blocks, block_bytes]"""
-        assert sequence.format is not None
-        num_blocks = sequence.format.num_blocks(len(sequence.prompt_token_ids))
-        return np.stack([self.blocks[sequence, layer_id, number] for number in range(num_blocks)])
-
-
 def prefiller(device: str, precision: str, pages: int = 64) -> Prefilled:
     model = load_model(CHECKPOINT, precision, device=device)
     staging = StagingPool(pages * PAGE_BYTES, PAGE_BYTES, pinned=device != "cpu")
@@ -75,10 +46,6 @@ def prefiller(device: str, precision: str, pages: int = 64) -> Prefilled:
     from hmad.compute.cuda_prefill import CudaPrefill
 
     return Prefilled(CudaPrefill(model, GEOMETRY, staging), staging)
-
-
-def sequence_of(prompt: Sequence[int], fmt: KVFormat | None, **params: Any) -> PrefillSequence:
-    return PrefillSequence(prompt, SamplingParams(max_tokens=8, temperature=0.0, want_logits=True, **params), (7,), fmt)
 
 
 def prefilled_values(device: str, precision: str, kv: KVFormat) -> list[torch.Tensor]:
@@ -134,35 +101,6 @@ def test_chunks_of_a_cut_prompt_equal_one_pass() -> None:
             for p, s in ((cut, sequence), (whole, alone))
         ]
         assert relative_error(pair[0][0], pair[1][0]) < CLOSE
-
-
-def test_full_staging_holds_prefill_up_until_pages_come_back() -> None:
-    prefilled = prefiller("cuda", "bf16", pages=2)
-    waiting: list[EncodedBlocks] = []
-    seen = threading.Semaphore(0)
-    prefilled.keep = lambda blocks: (waiting.append(blocks), seen.release())  # type: ignore[method-assign, assignment]
-    sequence = sequence_of(prompt_of(100), FORMATS["bf16"])
-    thread = threading.Thread(target=prefilled.run, args=[PrefillChunk(sequence, 100)])
-    thread.start()
-    num_frames = GEOMETRY.num_layers * -(-FORMATS["bf16"].num_blocks(100) // 3)
-    for number in range(num_frames):
-        assert seen.acquire(timeout=PATIENCE_S)
-        assert len(waiting) - number <= 2
-        prefilled.staging.release(waiting[number].page)
-    thread.join(PATIENCE_S)
-    assert not thread.is_alive()
-
-
-def test_nan_fails_its_own_sequence_alone() -> None:
-    prefilled = prefiller("cuda", "bf16")
-    poison_token(prefilled.device.model, 5)  # type: ignore[attr-defined]
-    bad, good = sequence_of([9, 5, 9], FORMATS["int8"]), sequence_of([9, 8, 9], FORMATS["int8"])
-    tokens = prefilled.run(PrefillChunk(bad, 3), PrefillChunk(good, 3))
-    assert isinstance(bad.error, NonFiniteKVError)
-    assert "of layer 0 at position 1" in str(bad.error)
-    assert good.error is None
-    assert set(tokens) == {good}
-    assert prefilled.staging.free_pages == 64
 
 
 # --- decode ---

@@ -1,16 +1,9 @@
 """Decode steps that count on by themselves, beside the host's account of them, and the whole device beside the CPU's.
 test_triton_kernels.py runs this file as it does the others.
-
-Where there is no GPU, the interpreter runs the kernels, and a captured graph is the call that would have been captured:
-all else of the device is as it is on a GPU.
 """
 
-import os
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,18 +11,16 @@ import pytest
 import torch
 from checkpoints import write_checkpoint
 from decoders import Decoder, logits_of, poison_token, relative_error
+from host_as_device import DEVICE, INTERPRETED, STREAM, model_on_device, stand_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_decode_step import SEQUENCES, Shapes, places, places_of_runs, sequences_of
 
-from hmad.compute import cuda_buffers, cuda_decode
+from hmad.compute import cuda_decode
 from hmad.compute.batch import DecodeBatch
-from hmad.compute.checkpoint import open_weights, read_config
 from hmad.compute.cpu import CpuDecode
-from hmad.compute.cuda_backend import CudaBackend
 from hmad.compute.cuda_decode import PLAN_STEPS, CudaDecode
 from hmad.compute.loading import load_model
-from hmad.compute.model import Qwen3
 from hmad.compute.sequence import DecodeSequence
 from hmad.facts.errors import LocalError, NonFiniteKVError
 from hmad.facts.formats import FORMATS, KVFormat
@@ -48,8 +39,6 @@ from hmad_kernels.triton_step import (
     finish_step,
 )
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 TURNS = 3
 PADDING = 2  # rows
 TAIL_TOKENS = FORMATS["bf16"].tokens_per_block
@@ -203,103 +192,14 @@ def test_steps_refuse_what_does_not_fit() -> None:
 # --- the device ---
 
 
-class HostAsDevice:
-    """A stream of the host. It does at once what it is asked for; or, ``late``, nothing before somebody waits. What a
-    GPU does lies between the two.
-    """
-
-    def __init__(self) -> None:
-        self.late = False
-        self._work: deque[Callable[[], object]] = deque()
-
-    def do(self, run: Callable[[], object]) -> None:
-        self._work.append(run)
-        if not self.late:
-            self.synchronize()
-
-    def synchronize(self, until: Callable[[], object] | None = None) -> None:
-        while self._work:
-            run = self._work.popleft()
-            run()
-            if run is until:
-                return
-
-    def is_ahead(self, run: Callable[[], object]) -> bool:
-        return run in self._work
-
-
-STREAM = HostAsDevice()
-
-
-class HostStream:
-    def __init__(self, device: torch.device) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        STREAM.synchronize()
-
-
-class HostEvent:
-    def __init__(self, *, blocking: bool) -> None:
-        self._mark: Callable[[], object] = lambda: None
-
-    def record(self, stream: HostStream) -> None:
-        self._mark = partial(id, self)  # one of its own
-        STREAM.do(self._mark)
-
-    def synchronize(self) -> None:
-        if STREAM.is_ahead(self._mark):
-            STREAM.synchronize(self._mark)
-
-
-class UncapturedGraph:
-    """What a graph would replay, called."""
-
-    def __init__(self, run: Callable[[], object]) -> None:
-        self._run = torch.inference_mode()(run)
-
-    def replay(self) -> None:
-        STREAM.do(self._run)
-
-
 @pytest.fixture(autouse=True)
 def host_as_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no GPU."""
-    if not INTERPRETED:
-        return
-    capture, bring, reset = CudaDecode._capture, cuda_buffers.Bundle._bring, cuda_decode.reset_counts
-
-    def capture_at_once(*arguments: Any) -> Any:
-        """A capture waits for the stream; what it runs is not of the host, and does not wait for events."""
-        STREAM.synchronize()
-        late, STREAM.late = STREAM.late, False
-        graph = capture(*arguments)
-        STREAM.late = late
-        return graph
-
-    def reset_in_order(*arguments: Any) -> None:
-        STREAM.synchronize()
-        reset(*arguments)
-
-    def nothing(*arguments: object) -> None:
-        pass
-
-    for name in ("synchronize", "set_stream", "empty_cache", "graph_pool_handle"):
-        monkeypatch.setattr(torch.cuda, name, nothing)
-    monkeypatch.setattr(torch.cuda, "Stream", HostStream)
-    monkeypatch.setattr(torch.cuda, "Event", HostEvent)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=2))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(CudaDecode, "_capture", capture_at_once)
-    monkeypatch.setattr(cuda_decode, "captured", lambda run, pool: UncapturedGraph(run))
-    monkeypatch.setattr(cuda_decode, "reset_counts", reset_in_order)
-    monkeypatch.setattr(cuda_buffers.Bundle, "_bring", lambda *arguments: STREAM.do(lambda: bring(*arguments)))
-    for module in (cuda_buffers, cuda_decode):
-        monkeypatch.setattr(module, "pinned", lambda shape, dtype: torch.zeros(shape, dtype=dtype))
+    stand_in(monkeypatch)
 
 
 @pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As late as a device may be."""
     monkeypatch.setattr(STREAM, "late", True)
 
 
@@ -316,10 +216,7 @@ def decoder_on_cpu(checkpoint: Path, max_batch_size: int) -> Decoder:
 
 
 def decoder_on_device(checkpoint: Path, max_batch_size: int) -> Decoder:
-    config = read_config(checkpoint)
-    weights = open_weights(checkpoint, config, "safetensors", 0, DEVICE)
-    aligned: Any = SimpleNamespace(read=lambda name: weights.read(name).clone())  # as they are on a GPU
-    model = Qwen3(config, "fp32", aligned, CudaBackend("fp32", DEVICE))
+    model = model_on_device(checkpoint)
     return Decoder(model, lambda arena, tail: CudaDecode(model, arena, tail, max_batch_size), max_batch_size)
 
 

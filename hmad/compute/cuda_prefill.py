@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hmad.compute.attention import causal_attention
+from hmad.compute.cuda_buffers import pinned
 from hmad.compute.cuda_faults import fatal_faults
 from hmad.compute.cuda_graphs import LayerGraphs
 from hmad.compute.cuda_sampler import sample_once
@@ -63,6 +64,7 @@ class FormatPlan:
 
     format: KVFormat
     blocks: Tensor  # int32 [num_blocks, 2] on the device: first row, number of rows
+    packed: Tensor  # uint8 [num_blocks, block_bytes] on the device: of one layer after the other
     frames: tuple[Frame, ...]
 
 
@@ -74,7 +76,7 @@ class LayerBegun:
     started: torch.cuda.Event
     kv_ready: torch.cuda.Event
     packed: torch.cuda.Event  # after it, ``bad_rows`` is here
-    bad_rows: Tensor  # uint8 [rows of the batch], pinned; of this layer and those before
+    bad_rows: np.ndarray  # uint8 [rows of the batch]; of this layer and those before
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,7 @@ class Batch:
         self.positions = self.packed.positions.to(place)
         self._plans = plan_formats(self.packed, device.staging.page_bytes, device.geometry, place)
         self._bad_rows = torch.zeros(len(self.token_ids), dtype=torch.uint8, device=place)
+        self._told_bad_rows = pinned((device.model.config.num_layers, len(self.token_ids)), torch.uint8)
         self._runs = plan_attention(self.packed, place)
         self._started = torch.cuda.Event(enable_timing=True)
         self._packed: torch.cuda.Event | None = None  # of the layer before
@@ -201,30 +204,24 @@ class Batch:
         side = self._prefill.side_stream
         with torch.cuda.stream(side):
             side.wait_event(kv_ready)
-            outs = [self._pack(plan, k, v) for plan in self._plans]
-            bad_rows = torch.empty(self._bad_rows.shape, dtype=torch.uint8, pin_memory=True)
+            for plan in self._plans:
+                pack_blocks(plan.format.name, k, v, plan.blocks, plan.packed, self._bad_rows)
+            bad_rows = self._told_bad_rows[layer_id]
             bad_rows.copy_(self._bad_rows, non_blocking=True)
             self._packed = recorded()
-            self._shipper.submit(LayerBegun(layer_id, self._started, kv_ready, self._packed, bad_rows))
-            for plan, out in zip(self._plans, outs, strict=True):
+            self._shipper.submit(LayerBegun(layer_id, self._started, kv_ready, self._packed, bad_rows.numpy()))
+            for plan in self._plans:
                 for frame in plan.frames:
                     if not (frame.sequence.cancelled or frame.sequence.error):
-                        self._copy(plan, frame, out)
+                        self._copy(plan, frame)
         # The allocator is not to give K and V, which the compute stream made, to anyone before the side stream has read
         # them.
         for tensor in (k, v):
             tensor.record_stream(side)
 
-    def _pack(self, plan: FormatPlan, k: Tensor, v: Tensor) -> Tensor:
-        """uint8 [num_blocks, block_bytes]"""
-        block_bytes = self._prefill.geometry.block_bytes(plan.format)
-        out = torch.empty((len(plan.blocks), block_bytes), dtype=torch.uint8, device=k.device)
-        pack_blocks(plan.format.name, k, v, plan.blocks, out, self._bad_rows)
-        return out
-
-    def _copy(self, plan: FormatPlan, frame: Frame, out: Tensor) -> None:
+    def _copy(self, plan: FormatPlan, frame: Frame) -> None:
         """One frame into a page; waits for a page while all are on the wire."""
-        blocks = out[frame.first_packed : frame.first_packed + frame.num_blocks].view(-1)
+        blocks = plan.packed[frame.first_packed : frame.first_packed + frame.num_blocks].view(-1)
         page = self._prefill.staging.acquire()
         self._prefill.staging.memory[page, : len(blocks)].copy_(blocks, non_blocking=True)
         self._shipper.submit(CopiedFrame(frame, plan.format, page, recorded()))
@@ -279,7 +276,7 @@ class Shipper:
         started_s, kv_ready_s = self._clock.time_of(layer.started), self._clock.time_of(layer.kv_ready)
         self._observer.layer_computed(LayerClock(layer.layer_id, started_s, kv_ready_s))
         self._layer_id = layer.layer_id
-        self._bad_rows = np.flatnonzero(layer.bad_rows.numpy())
+        self._bad_rows = np.flatnonzero(layer.bad_rows)
 
     def _hand_on(self, copied: CopiedFrame) -> None:
         frame, sequence = copied.frame, copied.frame.sequence
@@ -377,7 +374,9 @@ def plan_formats(packed: PackedChunks, page_bytes: int, geometry: KVGeometry, de
                     (first + start, min(fmt.tokens_per_block, num_rows - start))
                     for start in range(0, num_rows, fmt.tokens_per_block)
                 ]
-        plans.append(FormatPlan(fmt, torch.tensor(blocks, dtype=torch.int32).to(device), tuple(frames)))
+        packed_blocks = torch.empty((len(blocks), geometry.block_bytes(fmt)), dtype=torch.uint8, device=device)
+        on_device = torch.tensor(blocks, dtype=torch.int32).to(device)
+        plans.append(FormatPlan(fmt, on_device, packed_blocks, tuple(frames)))
     return plans
 
 

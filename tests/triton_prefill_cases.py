@@ -1,0 +1,132 @@
+"""The whole prefill device beside the CPU's. test_triton_kernels.py runs this file as it does the others."""
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import write_checkpoint
+from decoders import PATIENCE_S, logits_of, poison_token, relative_error
+from host_as_device import INTERPRETED, model_on_device, stand_in
+from prefilled import Prefilled, sequence_of
+
+from hmad.compute.codecs import decode
+from hmad.compute.cpu import CpuPrefill
+from hmad.compute.cuda_prefill import CudaPrefill
+from hmad.compute.device import EncodedBlocks, PrefillChunk
+from hmad.compute.loading import load_model
+from hmad.compute.staging import StagingPool
+from hmad.facts.errors import NonFiniteKVError
+from hmad.facts.formats import FORMATS, KVFormat, KVGeometry
+
+GEOMETRY = KVGeometry(3, 2, 64)
+PAGE_BYTES = 2 * GEOMETRY.slot_bytes
+NUM_PAGES = 200
+VOCAB = 320
+# Sums of another order: now and then a value that is rounded to 8 bits falls on the other side.
+CLOSE = {"fp32": 1e-5, "bf16": 1e-4, "int8": 1e-3, "bfp8": 1e-3, "fp8_e4m3": 4e-3, "mxfp8": 4e-3}
+LENGTHS = {"fp32": 9, "bf16": 17, "int8": 33, "fp8_e4m3": 5, "mxfp8": 34, "bfp8": 3}
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NaN, in the interpreter
+
+
+@pytest.fixture(autouse=True)
+def host_as_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tiny")
+    write_checkpoint(directory, num_layers=GEOMETRY.num_layers, head_dim=64, num_heads=4, num_kv_heads=2, vocab=VOCAB)
+    return directory
+
+
+def on_cpu(checkpoint: Path) -> Prefilled:
+    staging = StagingPool(NUM_PAGES * PAGE_BYTES, PAGE_BYTES)
+    return Prefilled(CpuPrefill(load_model(checkpoint, "fp32"), GEOMETRY, staging), staging)
+
+
+def on_device(checkpoint: Path, num_pages: int = NUM_PAGES, max_batch_tokens: int = 256) -> Prefilled:
+    staging = StagingPool(num_pages * PAGE_BYTES, PAGE_BYTES, pinned=not INTERPRETED)
+    device = CudaPrefill(model_on_device(checkpoint), GEOMETRY, staging, max_batch_tokens)
+    return Prefilled(device, staging)
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(6, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def values_of(prefilled: Prefilled, lengths: list[tuple[KVFormat | None, int]]) -> list[torch.Tensor]:
+    """K and V of every layer and prompt, and each prompt's logits, out of one batch."""
+    sequences = [sequence_of(prompt_of(length, length), fmt) for fmt, length in lengths]
+    tokens = prefilled.run(*(PrefillChunk(sequence, sequence.num_remaining) for sequence in sequences))
+    values = [logits_of(tokens[sequence][0]) for sequence in sequences]
+    for sequence in sequences:
+        if sequence.format is None:
+            continue
+        for layer_id in range(GEOMETRY.num_layers):
+            raw = torch.from_numpy(prefilled.raw(sequence, layer_id))
+            values += decode(sequence.format, raw, len(sequence.prompt_token_ids), 2, 64)
+    assert [clock.layer_id for clock in prefilled.clocks] == list(range(GEOMETRY.num_layers))
+    assert all(clock.started_s <= clock.kv_ready_s for clock in prefilled.clocks)
+    assert prefilled.staging.free_pages == prefilled.staging.num_pages
+    assert len(prefilled.blocks) == GEOMETRY.num_layers * sum(fmt.num_blocks(n) for fmt, n in lengths if fmt)
+    return values
+
+
+@pytest.mark.parametrize("max_batch_tokens", [16, 256])  # launched one by one, and captured
+def test_a_packed_batch_says_what_the_cpu_says(checkpoint: Path, max_batch_tokens: int) -> None:
+    """Frames of two blocks of the widest format, and of more of the others."""
+    lengths = [*((FORMATS[name], length) for name, length in LENGTHS.items()), (None, 2), (FORMATS["int8"], 1)]
+    expected = values_of(on_cpu(checkpoint), lengths)
+    ours = values_of(on_device(checkpoint, max_batch_tokens=max_batch_tokens), lengths)
+    names = ["fp32"] * len(lengths) + [fmt.name for fmt, _ in lengths if fmt for _ in range(2 * GEOMETRY.num_layers)]
+    for name, a, b in zip(names, ours, expected, strict=True):
+        assert relative_error(a, b) < CLOSE[name], name
+
+
+def test_chunks_of_a_cut_prompt_equal_one_pass(checkpoint: Path) -> None:
+    """Between whole prompts, as the scheduler packs them."""
+    prompt, fmt = prompt_of(29), FORMATS["fp32"]
+    whole, cut = on_cpu(checkpoint), on_device(checkpoint)
+    alone = sequence_of(prompt, fmt)
+    [expected] = whole.run(PrefillChunk(alone, 29))[alone]
+    sequence, others = sequence_of(prompt, fmt), [sequence_of(prompt_of(3, seed), None) for seed in range(2)]
+    sequence.history = cut.device.new_history(29)
+    cut.run(PrefillChunk(others[0], 3), PrefillChunk(sequence, 16))
+    cut.run(PrefillChunk(sequence, 8))
+    tokens = cut.run(PrefillChunk(sequence, 5), PrefillChunk(others[1], 3))
+    assert relative_error(logits_of(tokens[sequence][0]), logits_of(expected)) < CLOSE["fp32"]
+    for layer_id in range(GEOMETRY.num_layers):
+        ours, theirs = (torch.from_numpy(p.raw(s, layer_id)) for p, s in ((cut, sequence), (whole, alone)))
+        assert relative_error(decode(fmt, ours, 29, 2, 64)[0], decode(fmt, theirs, 29, 2, 64)[0]) < CLOSE["fp32"]
+
+
+def test_full_staging_holds_prefill_up_until_pages_come_back(checkpoint: Path) -> None:
+    prefilled = on_device(checkpoint, num_pages=2)
+    waiting: list[EncodedBlocks] = []
+    seen = threading.Semaphore(0)
+    prefilled.keep = lambda blocks: (waiting.append(blocks), seen.release())  # type: ignore[method-assign, assignment]
+    fmt = FORMATS["fp32"]
+    thread = threading.Thread(target=prefilled.run, args=[PrefillChunk(sequence_of(prompt_of(33), fmt), 33)])
+    thread.start()
+    num_frames = GEOMETRY.num_layers * -(-fmt.num_blocks(33) // (PAGE_BYTES // GEOMETRY.block_bytes(fmt)))
+    for number in range(num_frames):
+        assert seen.acquire(timeout=PATIENCE_S)
+        assert len(waiting) - number <= 2
+        prefilled.staging.release(waiting[number].page)
+    thread.join(PATIENCE_S)
+    assert not thread.is_alive()
+
+
+def test_nan_fails_its_own_sequence_alone(checkpoint: Path) -> None:
+    prefilled = on_device(checkpoint)
+    poison_token(prefilled.device.model, 5)  # type: ignore[attr-defined]
+    bad, good = sequence_of([9, 5, 9], FORMATS["int8"]), sequence_of([9, 8, 9], FORMATS["int8"])
+    tokens = prefilled.run(PrefillChunk(bad, 3), PrefillChunk(good, 3))
+    assert isinstance(bad.error, NonFiniteKVError)
+    assert "of layer 0 at position 1" in str(bad.error)
+    assert good.error is None
+    assert set(tokens) == {good}
+    assert prefilled.staging.free_pages == NUM_PAGES
+    assert {sequence for sequence, _, _ in prefilled.blocks} == {good}
