@@ -39,11 +39,11 @@ def dies_when_told(call: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def strays_when_told(fill: Callable[..., None]) -> Callable[..., None]:
-    def wrapped(device: Any, *arguments: Any) -> None:
-        fill(device, *arguments)
+def strays_when_told(replay: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(device: Any, *arguments: Any) -> Any:
         if straying.is_set():
-            device._inputs.arrays["tail_slots"][:] = 1 << 30
+            device._on_device["blocks"].fill_(1 << 30)  # slots that no arena has
+        return replay(device, *arguments)
 
     return wrapped
 
@@ -53,7 +53,7 @@ if __name__ == "__main__":
     if torch.cuda.is_available():
         from hmad.compute.cuda_decode import CudaDecode
 
-        CudaDecode._fill = strays_when_told(CudaDecode._fill)  # type: ignore[method-assign]
+        CudaDecode._replay = strays_when_told(CudaDecode._replay)  # type: ignore[method-assign]
     signal.signal(signal.SIGUSR1, lambda *_: hanging.set())
     signal.signal(signal.SIGUSR2, lambda *_: dying.set())
     CpuDecode.launch = hangs_when_told(CpuDecode.launch)  # type: ignore[method-assign]
