@@ -79,10 +79,11 @@ class Stepped:
         self.items = on_device(items)
         self.seq_items = on_device(np.pad(seq_items, padding, mode="edge"))
         self.block_table = on_device(batch.block_table)
-        self.places, self.results = (
-            kind(**{name: torch.full((size + PADDING,), 77, dtype=d).to(DEVICE) for name, d in dtypes.items()})
-            for kind, dtypes in ((StepPlaces, PLACE_DTYPES), (StepResults, RESULT_DTYPES))
-        )
+
+        def full(dtypes: dict[str, torch.dtype]) -> dict[str, torch.Tensor]:
+            return {name: torch.full((size + PADDING,), 77, dtype=d).to(DEVICE) for name, d in dtypes.items()}
+
+        self.places, self.results = StepPlaces(**full(PLACE_DTYPES)), StepResults(**full(RESULT_DTYPES))
         self.stops = on_device(np.full((MOST_STOPS, size + PADDING + 3), -1), torch.int64)
         self.turn = on_device(np.zeros(1))
         self.host = StepResults(
