@@ -34,6 +34,8 @@ def logits_of(token: SampledToken) -> torch.Tensor:
 def poison_token(model: Qwen3, token_id: int) -> None:
     model._head = model._head.clone()  # which is the embedding, too
     model._embedding[token_id] = float("nan")
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()  # devices have streams of their own
 
 
 class Decoder:

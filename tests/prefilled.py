@@ -27,8 +27,7 @@ class Prefilled:
         self.clocks: list[LayerClock] = []
 
     def keep(self, blocks: EncodedBlocks) -> None:
-        tokens = blocks.num_blocks
-        for number, payload in enumerate(blocks.payload.reshape(tokens, -1)):
+        for number, payload in enumerate(blocks.payload.reshape(blocks.num_blocks, -1)):
             self.blocks[blocks.sequence, blocks.layer_id, blocks.first_block + number] = payload.copy()
         self.staging.release(blocks.page)
 

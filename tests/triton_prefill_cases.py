@@ -1,7 +1,10 @@
 """The whole prefill device beside the CPU's. test_triton_kernels.py runs this file as it does the others."""
 
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from queue import Queue
 
 import pytest
 import torch
@@ -20,11 +23,13 @@ from hmad.facts.errors import NonFiniteKVError
 from hmad.facts.formats import FORMATS, KVFormat, KVGeometry
 
 GEOMETRY = KVGeometry(3, 2, 64)
-PAGE_BYTES = 2 * GEOMETRY.slot_bytes
+PAGE_BYTES = GEOMETRY.slot_bytes  # of one block: each is a frame of its own
 NUM_PAGES = 200
 VOCAB = 320
-# Sums of another order: now and then a value that is rounded to 8 bits falls on the other side.
-CLOSE = {"fp32": 1e-5, "bf16": 1e-4, "int8": 1e-3, "bfp8": 1e-3, "fp8_e4m3": 4e-3, "mxfp8": 4e-3}
+CLOSE = 1e-4  # of fp32: sums have another order
+# So now and then a value falls on the other side where it is rounded: few do, and by no more than a format's step.
+MOST_FALL = 0.02
+STEP = 0.08  # of the largest value
 LENGTHS = {"fp32": 9, "bf16": 3, "int8": 33, "fp8_e4m3": 5, "mxfp8": 2, "bfp8": 3}
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NaN, in the interpreter
 
@@ -76,13 +81,17 @@ def values_of(prefilled: Prefilled, lengths: list[tuple[KVFormat | None, int]]) 
 
 @pytest.mark.parametrize("max_batch_tokens", [16, 256])  # launched one by one, and captured
 def test_a_packed_batch_says_what_the_cpu_says(checkpoint: Path, max_batch_tokens: int) -> None:
-    """Frames of two blocks of the widest format, and of more of the others."""
     lengths = [*((FORMATS[name], length) for name, length in LENGTHS.items()), (None, 2), (FORMATS["int8"], 1)]
     expected = values_of(on_cpu(checkpoint), lengths)
     ours = values_of(on_device(checkpoint, max_batch_tokens=max_batch_tokens), lengths)
     names = ["fp32"] * len(lengths) + [fmt.name for fmt, _ in lengths if fmt for _ in range(2 * GEOMETRY.num_layers)]
     for name, a, b in zip(names, ours, expected, strict=True):
-        assert relative_error(a, b) < CLOSE[name], name
+        if name == "fp32":
+            assert relative_error(a, b) < CLOSE
+        else:
+            off = (a - b).abs() / b.abs().max()
+            assert (off > CLOSE).sum() <= 2 + MOST_FALL * off.numel(), name
+            assert off.max() < STEP, name
 
 
 def test_chunks_of_a_cut_prompt_equal_one_pass(checkpoint: Path) -> None:
@@ -96,27 +105,39 @@ def test_chunks_of_a_cut_prompt_equal_one_pass(checkpoint: Path) -> None:
     cut.run(PrefillChunk(others[0], 3), PrefillChunk(sequence, 16))
     cut.run(PrefillChunk(sequence, 8))
     tokens = cut.run(PrefillChunk(sequence, 5), PrefillChunk(others[1], 3))
-    assert relative_error(logits_of(tokens[sequence][0]), logits_of(expected)) < CLOSE["fp32"]
+    assert relative_error(logits_of(tokens[sequence][0]), logits_of(expected)) < CLOSE
     for layer_id in range(GEOMETRY.num_layers):
-        ours, theirs = (torch.from_numpy(p.raw(s, layer_id)) for p, s in ((cut, sequence), (whole, alone)))
-        assert relative_error(decode(fmt, ours, 29, 2, 64)[0], decode(fmt, theirs, 29, 2, 64)[0]) < CLOSE["fp32"]
+        raw = [torch.from_numpy(p.raw(s, layer_id)) for p, s in ((cut, sequence), (whole, alone))]
+        for ours, theirs in zip(*(decode(fmt, blocks, 29, 2, 64) for blocks in raw), strict=True):
+            assert relative_error(ours, theirs) < CLOSE
 
 
 def test_full_staging_holds_prefill_up_until_pages_come_back(checkpoint: Path) -> None:
-    prefilled = on_device(checkpoint, num_pages=2)
-    waiting: list[EncodedBlocks] = []
-    seen = threading.Semaphore(0)
-    prefilled.keep = lambda blocks: (waiting.append(blocks), seen.release())  # type: ignore[method-assign, assignment]
-    fmt = FORMATS["fp32"]
-    thread = threading.Thread(target=prefilled.run, args=[PrefillChunk(sequence_of(prompt_of(33), fmt), 33)])
+    fmt, prompt = FORMATS["fp32"], prompt_of(33)
+    whole, held = on_device(checkpoint), on_device(checkpoint, num_pages=2)
+    sequences = [sequence_of(prompt, fmt) for _ in range(2)]
+    whole.run(PrefillChunk(sequences[0], 33))
+    waiting: Queue[EncodedBlocks] = Queue()
+    keep, held.keep = held.keep, waiting.put  # type: ignore[method-assign]
+    thread = threading.Thread(target=held.run, args=[PrefillChunk(sequences[1], 33)], daemon=True)
     thread.start()
-    num_frames = GEOMETRY.num_layers * -(-fmt.num_blocks(33) // (PAGE_BYTES // GEOMETRY.block_bytes(fmt)))
+    num_frames = GEOMETRY.num_layers * fmt.num_blocks(33)
     for number in range(num_frames):
-        assert seen.acquire(timeout=PATIENCE_S)
-        assert len(waiting) - number <= 2
-        prefilled.staging.release(waiting[number].page)
+        if number < num_frames - 2:
+            wait_until(lambda: held.staging.is_waited_for and waiting.qsize() == 2)
+        keep(waiting.get(timeout=PATIENCE_S))
     thread.join(PATIENCE_S)
     assert not thread.is_alive()
+    assert held.staging.free_pages == 2
+    for layer_id in range(GEOMETRY.num_layers):
+        assert (held.raw(sequences[1], layer_id) == whole.raw(sequences[0], layer_id)).all()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.001)
 
 
 def test_nan_fails_its_own_sequence_alone(checkpoint: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import write_checkpoint
-from decoders import Decoder, logits_of, poison_token, relative_error
+from decoders import PATIENCE_S, Decoder, logits_of, poison_token, relative_error
 from host_as_device import DEVICE, INTERPRETED, STREAM, model_on_device, stand_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -293,37 +293,47 @@ def test_nan_in_a_step_fails_its_sequence_alone(checkpoint: Path) -> None:
         SamplingParams(max_tokens=6, temperature=0.0, stop_token_ids=(5,)),
         SamplingParams(max_tokens=6, forced_token_ids=(0, 1, 5, 5, 5, 5)),
     ]
+    alone = decoder_on_cpu(checkpoint, 3)
+    [expected] = answers(alone, [(FORMATS["bf16"], 20, params[0])])
+    alone.close()
     good, bad = (decoder.sequence(FORMATS["bf16"], 20, each) for each in params)
     errors, told = run_to_the_end(decoder, [good, bad])
     assert set(errors) == {bad}
     assert isinstance(errors[bad], NonFiniteKVError)
     assert "at position 22 is NaN" in str(errors[bad])  # a prompt of 20, and two tokens before it
     assert told[bad] == [1, 5]
+    assert told[good] == [token.token_id for token in expected]
     decoder.close()
 
 
 def test_a_step_that_cannot_be_launched_is_all_that_fails(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the device knew of the batch does not count any more."""
+    """What the device knew of the batch does not count any more: it has made a step that the host knows nothing of."""
     requests = [(FORMATS["fp32"], 30, SamplingParams(max_tokens=12, temperature=0.0))] * 2
     decoder = decoder_on_cpu(checkpoint, 3)
     expected = answers(decoder, requests)
     decoder.close()
     decoder = decoder_on_device(checkpoint, 3)
-    launched = 0
+    calls: list[str] = []
 
     def replay(*arguments: object) -> Any:
-        nonlocal launched
-        launched += 1
-        if launched == 5:
+        calls.append("replay")
+        launched = whole(*arguments)
+        if calls.count("replay") == 5:
             raise torch.OutOfMemoryError("no memory for it")
-        return whole(*arguments)
+        return launched
 
-    device = decoder.device
-    whole = device._replay  # type: ignore[attr-defined]
+    def noted(*arguments: Any) -> Any:
+        calls.append("adopt")
+        return adopt(*arguments)
+
+    device: Any = decoder.device
+    whole, adopt = device._replay, device._adopt
     monkeypatch.setattr(device, "_replay", replay)
+    monkeypatch.setattr(device, "_adopt", noted)
     errors, told = run_to_the_end(decoder, [decoder.sequence(*request) for request in requests])
     assert [type(error) for error in errors.values()] == [LocalError] * 2
     assert [len(tokens) for tokens in told.values()] == [4, 4]
+    assert calls == ["adopt", *["replay"] * 5, "adopt", "replay"]
     assert answers(decoder, requests) == expected
     decoder.close()
 
@@ -336,7 +346,7 @@ def run_to_the_end(
     told: dict[DecodeSequence, list[int]] = {sequence: [] for sequence in sequences}
     decoder.join(*sequences)
     for _ in sequences:
-        sequence = decoder.left.get(timeout=60)
+        sequence = decoder.left.get(timeout=PATIENCE_S)
         decoder.arena.release(sequence.prefix[0].slots)
         decoder.arena.release(sequence.tail_slots)
     while not decoder.outputs.empty():

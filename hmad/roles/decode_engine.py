@@ -195,9 +195,9 @@ class DecodeEngine(Engine):
             self._deliver(*self._reports.popleft())
 
     def _end(self) -> None:
-        self._tell()
         if self._in_flight:
             self._in_flight.outcomes()  # nobody reads them; but the device may go only when it has written them
+        self._tell()
 
     def _let_go(self) -> list[DecodeSequence]:
         """What has ended is in no further step; and no longer ours, once it is in none."""
