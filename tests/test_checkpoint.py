@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import struct
 import subprocess
@@ -373,7 +374,11 @@ def large_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_anonymous_memory_peaks_below_the_weights_and_a_quarter(large_dir: Path, precision: str) -> None:
     assert (large_dir / WEIGHTS).stat().st_size > 290e6
     command = [sys.executable, "-c", PEAK_SCRIPT, str(large_dir), precision]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+    # What malloc keeps of what was freed is chance, up to a third of these weights: here it keeps nothing of size.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
+    run = subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent, env=environment
+    )
     peak_bytes, end_bytes, weight_bytes = map(int, run.stdout.split())
     assert peak_bytes < 1.25 * weight_bytes
     # And the measurement measures: what is held is there.
