@@ -34,19 +34,28 @@ QUESTION = {"prompt": "one two", "answer": " three", "compare": "exact", "chat":
 Runs = dict[str, Future[subprocess.CompletedProcess[str]]]
 
 
-def run(name: str, directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(name: str, directory: Path, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPTS / name), *arguments]
-    return subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=110, check=False)
+    return subprocess.run(
+        command, cwd=directory, env=environment, capture_output=True, text=True, timeout=110, check=False
+    )
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    """All of them, two at a time: most of a run is one daemon after the other that starts."""
+    """All of them, two at a time: most of a run is one daemon after the other that starts.
+
+    They are given a copy of the environment: pytest changes its own between the phases of a test, and a program that
+    another thread starts at that moment with the environment itself fails with EFAULT.
+    """
+    environment = dict(os.environ)
     directory = tmp_path_factory.mktemp("scripts")
     (directory / "questions.jsonl").write_text(json.dumps(QUESTION) + "\n")
     with ThreadPoolExecutor(2) as workers:
         commands = SMALLEST | dict.fromkeys(HELP_ONLY, ("--help",))
-        yield {name: workers.submit(run, name, directory, *arguments) for name, arguments in commands.items()}
+        yield {
+            name: workers.submit(run, name, directory, environment, *arguments) for name, arguments in commands.items()
+        }
 
 
 @pytest.mark.parametrize("name", SMALLEST)

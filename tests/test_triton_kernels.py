@@ -18,8 +18,7 @@ NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU t
 Runs = dict[str, Future[subprocess.CompletedProcess[str]]]
 
 
-def run_cases(path: Path, interpreted: bool) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"TRITON_INTERPRET": "1" if interpreted else "0"}
+def run_cases(path: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", path]
     return subprocess.run(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
@@ -31,8 +30,9 @@ def run_cases(path: Path, interpreted: bool) -> subprocess.CompletedProcess[str]
 )
 def runs(request: pytest.FixtureRequest) -> Iterator[Runs]:
     """All files side by side: the interpreter is one thread of Python."""
+    environment = os.environ | {"TRITON_INTERPRET": "1" if request.param else "0"}
     with ThreadPoolExecutor(len(CASES)) as runners:
-        yield {name: runners.submit(run_cases, path, request.param) for name, path in CASES.items()}
+        yield {name: runners.submit(run_cases, path, environment) for name, path in CASES.items()}
 
 
 @pytest.mark.timeout(600)  # the first waits for its file, which shares the cores with all others
