@@ -69,6 +69,13 @@ def check_place(tensors: dict[str, torch.Tensor]) -> None:
         raise ValueError(f"Triton kernels run on a GPU, not on {device}")
 
 
+def check_pinned(tensors: dict[str, torch.Tensor]) -> None:
+    """Raise ValueError unless kernels can write to these tensors of the host."""
+    for name, tensor in tensors.items():
+        if tensor.device.type != "cpu" or not (interprets() or tensor.is_pinned()):
+            raise ValueError(f"a kernel writes to {name}, on {tensor.device}: it must be pinned memory of the host")
+
+
 def check_metadata(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
     """Raise ValueError unless a tensor is contiguous int32 of this shape; -1 stands for any size."""
     check_tensor(name, tensor, torch.int32, shape)

@@ -27,6 +27,7 @@ from hmad_kernels.triton_common import (
     bits_of,
     check_head_dim,
     check_metadata,
+    check_pinned,
     check_place,
     check_tensor,
     divide,
@@ -60,8 +61,8 @@ def pack_blocks(
     every row begins at a multiple of 16 bytes. ``blocks`` holds each block's first row of k and v and its number of
     tokens, 1 to the format's tokens per block (0 makes a block of zeros); positions past them are encoded as zeros. It
     is on the device, and not checked here. ``bad_rows`` uint8 [num_tokens] becomes 1 where the format cannot hold a
-    row (NaN, infinity, or rounding to one) and is left alone elsewhere, so one fill serves all layers. Raises
-    ValueError on shapes, dtypes and memory that do not fit.
+    row (NaN, infinity, or rounding to one) and is left alone elsewhere; it is on the device or in pinned memory of the
+    host, to which nothing goes but what is bad. Raises ValueError on shapes, dtypes and memory that do not fit.
     """
     code = _check(format_name, k, v, blocks, out, bad_rows)
     num_heads, head_dim = k.shape[1:]
@@ -110,7 +111,9 @@ def _check(
     check_metadata("blocks", blocks, (-1, 2))
     check_tensor("out", out, torch.uint8, (len(blocks), 2 * k.shape[1] * panel_bytes(code, k.shape[2])))
     check_tensor("bad_rows", bad_rows, torch.uint8, (len(k),))
-    check_place({"k": k, "v": v, "blocks": blocks, "out": out, "bad_rows": bad_rows})
+    check_place({"k": k, "v": v, "blocks": blocks, "out": out})
+    if bad_rows.device != k.device:
+        check_pinned({"bad_rows": bad_rows})
     return code
 
 

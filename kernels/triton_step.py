@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hmad_kernels.triton_common import check_place, check_tensor, interprets
+from hmad_kernels.triton_common import check_pinned, check_place, check_tensor
 
 MOST_STOPS = 4  # stop tokens of a row that the device watches for
 ROWS = 256  # of a program, or of one turn of its loop
@@ -122,12 +122,12 @@ def finish_step(
             raise ValueError(f"{name} has room for {room} rows, not for {num_rows}")
     on_device = {"results": results.token_ids, "items": items, "seq_items": seq_items, "stops": stops, "turn": turn}
     check_place(vars(rows) | on_device)
-    pinned = (host.token_ids, host.tops, host.bad_rows, host_num_special)
-    if not interprets() and not all(tensor.is_pinned() for tensor in pinned):
-        raise ValueError("a kernel writes to the host's memory, which must be pinned for that")
+    check_pinned({f"the host's {name}": getattr(host, name) for name in RESULT_DTYPES})
+    check_pinned({"host_num_special": host_num_special})
     _finish_kernel[(1,)](
         rows.sources, rows.positions, rows.index, rows.tail_firsts, results.token_ids, results.tops, results.bad_rows,
-        items, seq_items, stops, turn, *pinned, num_rows, stops.shape[1], host_rows,
+        items, seq_items, stops, turn, host.token_ids, host.tops, host.bad_rows, host_num_special,
+        num_rows, stops.shape[1], host_rows,
         STOPS=MOST_STOPS, TURNS=num_turns, ROWS=ROWS, **STEP_OPTIONS,
     )  # fmt: skip
 

@@ -13,6 +13,7 @@ from decoders import PATIENCE_S, logits_of, poison_token, relative_error
 from host_as_device import INTERPRETED, model_on_device, stand_in
 from prefilled import Prefilled, sequence_of
 
+from hmad.compute import cuda_prefill
 from hmad.compute.codecs import decode
 from hmad.compute.cpu import CpuPrefill
 from hmad.compute.cuda_prefill import CudaPrefill
@@ -79,8 +80,12 @@ def values_of(prefilled: Prefilled, lengths: list[tuple[KVFormat | None, int]]) 
     return values
 
 
-@pytest.mark.parametrize("max_batch_tokens", [16, 256])  # launched one by one, and captured
-def test_a_packed_batch_says_what_the_cpu_says(checkpoint: Path, max_batch_tokens: int) -> None:
+# Launched one by one, and captured; a layer to a shipment, and all in one.
+@pytest.mark.parametrize(("max_batch_tokens", "shipment_bytes"), [(16, 1), (256, cuda_prefill.SHIPMENT_BYTES)])
+def test_a_packed_batch_says_what_the_cpu_says(
+    checkpoint: Path, max_batch_tokens: int, shipment_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_prefill, "SHIPMENT_BYTES", shipment_bytes)
     lengths = [*((FORMATS[name], length) for name, length in LENGTHS.items()), (None, 2), (FORMATS["int8"], 1)]
     expected = values_of(on_cpu(checkpoint), lengths)
     ours = values_of(on_device(checkpoint, max_batch_tokens=max_batch_tokens), lengths)
@@ -131,6 +136,42 @@ def test_full_staging_holds_prefill_up_until_pages_come_back(checkpoint: Path) -
     assert held.staging.free_pages == 2
     for layer_id in range(GEOMETRY.num_layers):
         assert (held.raw(sequences[1], layer_id) == whole.raw(sequences[0], layer_id)).all()
+
+
+def test_so_many_layers_leave_together_that_they_make_a_shipment(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three layers the first waits for the second, and both are gone before the third begins."""
+    prefilled, num_tokens = on_device(checkpoint), 33
+    layer_bytes = num_tokens * 2 * GEOMETRY.num_kv_heads * GEOMETRY.head_dim * 4
+    monkeypatch.setattr(cuda_prefill, "SHIPMENT_BYTES", layer_bytes + 1)
+    begins, num_shipped = cuda_prefill.Batch.layer_begins, []
+
+    def watched(batch: cuda_prefill.Batch, layer_id: int) -> None:
+        if layer_id == 2:
+            wait_until(lambda: len(prefilled.blocks) == 2 * FORMATS["int8"].num_blocks(num_tokens))
+        num_shipped.append(len(prefilled.blocks))
+        begins(batch, layer_id)
+
+    monkeypatch.setattr(cuda_prefill.Batch, "layer_begins", watched)
+    prefilled.run(PrefillChunk(sequence_of(prompt_of(num_tokens), FORMATS["int8"]), num_tokens))
+    assert num_shipped == [0, 0, 4]
+    assert len(prefilled.blocks) == 6
+
+
+def test_what_the_device_cannot_do_fails_the_batch_and_keeps_no_page(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefilled = on_device(checkpoint)
+
+    def broken(_: object) -> None:
+        raise RuntimeError("the copy broke")
+
+    monkeypatch.setattr(torch.cuda.Event, "synchronize", broken)
+    with pytest.raises(RuntimeError, match="the copy broke"):
+        prefilled.run(PrefillChunk(sequence_of(prompt_of(9), FORMATS["int8"]), 9))
+    assert prefilled.staging.free_pages == NUM_PAGES
+    assert not prefilled.blocks
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

@@ -2,13 +2,13 @@
 
 The compute stream never waits for the wire: after each layer's K and V it records an event and goes on. The side stream
 packs them into blocks and copies the blocks into pinned staging pages; a thread waits for these copies and hands the
-pages on. When all pages are on the wire, launching stops until one comes back: prefill slows down, memory does not
-grow.
+pages on, a shipment at a time: so many layers that they are worth waking the threads that send them. When all pages
+are on the wire, launching stops until one comes back: prefill slows down, memory does not grow.
 """
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from queue import SimpleQueue
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hmad.compute.attention import causal_attention
-from hmad.compute.cuda_buffers import pinned
+from hmad.compute.cuda_buffers import ALIGN_BYTES, pinned
 from hmad.compute.cuda_faults import fatal_faults
 from hmad.compute.cuda_graphs import LayerGraphs
 from hmad.compute.cuda_sampler import sample_once
@@ -26,6 +26,7 @@ from hmad.compute.device import (
     EncodedBlocks,
     KVHistory,
     LayerClock,
+    Outcome,
     PackedChunks,
     PrefillChunk,
     PrefillObserver,
@@ -40,6 +41,10 @@ from hmad.facts.errors import HmadError, LocalError
 from hmad.facts.formats import KVFormat, KVGeometry
 from hmad.facts.sampling import SampledToken, SamplingParams
 from hmad_kernels.triton_pack import pack_blocks
+
+# Of K and V as the model makes them. A shipment wakes thread after thread, and each wants Python's lock from the one
+# that launches; but what is gathered when the last layer ends is exposed.
+SHIPMENT_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -69,23 +74,30 @@ class FormatPlan:
 
 
 @dataclass(frozen=True)
-class LayerBegun:
+class PackedLayer:
     """A layer of the batch whose K and V are packed."""
 
     layer_id: int
     started: torch.cuda.Event
     kv_ready: torch.cuda.Event
-    packed: torch.cuda.Event  # after it, ``bad_rows`` is here
-    bad_rows: np.ndarray  # uint8 [rows of the batch]; of this layer and those before
+    bad_rows: np.ndarray  # uint8 [rows of the batch], as the kernel writes them
 
 
 @dataclass(frozen=True)
 class CopiedFrame:
-    """A frame of the layer that was begun last, and the page that it is there in after ``done``."""
+    """A frame of the packed layer before it, and the page that it is copied to."""
 
     frame: Frame
     format: KVFormat
     page: int
+
+
+@dataclass(frozen=True)
+class Shipment:
+    """Layers, each followed by its frames, all of it there after ``done``. One that pages ran out in goes on in the
+    next."""
+
+    parts: list[PackedLayer | CopiedFrame]
     done: torch.cuda.Event
 
 
@@ -98,6 +110,7 @@ class CudaPrefill:
         self.model = model
         self.geometry = geometry
         self.staging = staging
+        self.bytes_per_row = KVHistory.bytes_per_token(geometry, model.dtype) // geometry.num_layers  # of one layer
         self._device = model.device
         self.compute_stream = torch.cuda.Stream(self._device)
         self.side_stream = torch.cuda.Stream(self._device)
@@ -124,7 +137,7 @@ class CudaPrefill:
             try:
                 forward = self._graphs.forward if len(batch.token_ids) <= self._graphs.max_rows else self.model.forward
                 hidden = forward(batch.token_ids, batch.positions, batch.attend, batch.layer_begins)
-                first_tokens = self._sample_first(batch.packed, hidden)
+                outcomes = self._sample_first(batch.packed, hidden)
             except Exception:
                 self.side_stream.synchronize()  # before what it reads is given to others
                 raise
@@ -132,9 +145,13 @@ class CudaPrefill:
                 batch.ship_rest()
         for chunk in chunks:
             chunk.sequence.num_computed = chunk.end
-        return PrefillResult({s: tokens for s, tokens in first_tokens.items() if not s.error})
+        for sequence, drawn in outcomes.items():  # what is wrong with its KV is known by now, and comes first
+            sequence.error = sequence.error or next((o for o in drawn if isinstance(o, HmadError)), None)
+        return PrefillResult(
+            {s: [o for o in drawn if isinstance(o, SampledToken)] for s, drawn in outcomes.items() if not s.error}
+        )
 
-    def _sample_first(self, packed: PackedChunks, hidden: Tensor) -> dict[PrefillSequence, list[SampledToken]]:
+    def _sample_first(self, packed: PackedChunks, hidden: Tensor) -> dict[PrefillSequence, list[Outcome]]:
         """Token 0 of every choice of the sequences that are complete."""
         last = [(c.sequence, rows.stop - 1) for c, rows in packed if c.is_last]
         if not last:
@@ -142,14 +159,11 @@ class CudaPrefill:
         logits = self.model.logits(hidden[[row for _, row in last]])  # [num_last, vocab]
         choices = [(sequence, seed, row) for row, (sequence, _) in enumerate(last) for seed in sequence.seeds]
         inputs = [SamplerInput(s.params, seed, 0, s.prompt_token_ids, ()) for s, seed, _ in choices]
-        outcomes = sample_once(logits[[row for _, _, row in choices]], inputs)
-        first_tokens: dict[PrefillSequence, list[SampledToken]] = {sequence: [] for sequence, _ in last}
-        for (sequence, _, _), outcome in zip(choices, outcomes, strict=True):
-            if isinstance(outcome, HmadError):
-                sequence.error = sequence.error or outcome
-            else:
-                first_tokens[sequence].append(outcome)
-        return first_tokens
+        outcomes: dict[PrefillSequence, list[Outcome]] = {sequence: [] for sequence, _ in last}
+        drawn = sample_once(logits[[row for _, _, row in choices]], inputs)
+        for (sequence, _, _), outcome in zip(choices, drawn, strict=True):
+            outcomes[sequence].append(outcome)
+        return outcomes
 
 
 @dataclass(frozen=True)
@@ -174,8 +188,9 @@ class Batch:
         self.token_ids = self.packed.token_ids.to(place)
         self.positions = self.packed.positions.to(place)
         self._plans = plan_formats(self.packed, device.staging.page_bytes, device.geometry, place)
-        self._bad_rows = torch.zeros(len(self.token_ids), dtype=torch.uint8, device=place)
-        self._told_bad_rows = pinned((device.model.config.num_layers, len(self.token_ids)), torch.uint8)
+        num_rows = len(self.token_ids)
+        self._bad_rows = pinned((device.geometry.num_layers, -(-num_rows // ALIGN_BYTES) * ALIGN_BYTES), torch.uint8)
+        self._layers_per_shipment = -(-SHIPMENT_BYTES // (num_rows * device.bytes_per_row))
         self._runs = plan_attention(self.packed, place)
         self._started = torch.cuda.Event(enable_timing=True)
         self._packed: torch.cuda.Event | None = None  # of the layer before
@@ -202,18 +217,21 @@ class Batch:
         if self._packed is not None:  # the layer before last: its K and V may be overwritten by the next layer
             self._prefill.compute_stream.wait_event(self._packed)
         side = self._prefill.side_stream
+        bad_rows = self._bad_rows[layer_id, : len(k)]
         with torch.cuda.stream(side):
             side.wait_event(kv_ready)
             for plan in self._plans:
-                pack_blocks(plan.format.name, k, v, plan.blocks, plan.packed, self._bad_rows)
-            bad_rows = self._told_bad_rows[layer_id]
-            bad_rows.copy_(self._bad_rows, non_blocking=True)
-            self._packed = recorded()
-            self._shipper.submit(LayerBegun(layer_id, self._started, kv_ready, self._packed, bad_rows.numpy()))
+                pack_blocks(plan.format.name, k, v, plan.blocks, plan.packed, bad_rows)
+            self._packed = torch.cuda.Event()
+            self._packed.record()
+            self._shipper.add(PackedLayer(layer_id, self._started, kv_ready, bad_rows.numpy()))
             for plan in self._plans:
                 for frame in plan.frames:
                     if not (frame.sequence.cancelled or frame.sequence.error):
                         self._copy(plan, frame)
+        num_packed = layer_id + 1
+        if num_packed % self._layers_per_shipment == 0 or num_packed == self._prefill.geometry.num_layers:
+            self._shipper.send_off()
         # The allocator is not to give K and V, which the compute stream made, to anyone before the side stream has read
         # them.
         for tensor in (k, v):
@@ -222,9 +240,12 @@ class Batch:
     def _copy(self, plan: FormatPlan, frame: Frame) -> None:
         """One frame into a page; waits for a page while all are on the wire."""
         blocks = plan.packed[frame.first_packed : frame.first_packed + frame.num_blocks].view(-1)
-        page = self._prefill.staging.acquire()
-        self._prefill.staging.memory[page, : len(blocks)].copy_(blocks, non_blocking=True)
-        self._shipper.submit(CopiedFrame(frame, plan.format, page, recorded()))
+        staging = self._prefill.staging
+        if not staging.free_pages:  # what would come back is not to wait for us
+            self._shipper.send_off()
+        page = staging.acquire()
+        staging.memory[page, : len(blocks)].copy_(blocks, non_blocking=True)
+        self._shipper.add(CopiedFrame(frame, plan.format, page))
 
     def _attend(self, layer_id: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         outs = [self._attend_run(layer_id, run, q[run.rows], k[run.rows], v[run.rows]) for run in self._runs]
@@ -240,39 +261,59 @@ class Batch:
 
 
 class Shipper:
-    """The thread that waits for one batch's copies, in their order, and hands the pages to the observer."""
+    """Gathers one batch's layers and frames to shipments, for a thread that waits for each and hands its pages to the
+    observer."""
 
     def __init__(self, device: CudaPrefill, observer: PrefillObserver, clock: "DeviceClock") -> None:
         self._staging = device.staging
         self._geometry = device.geometry
+        self._side_stream = device.side_stream
         self._observer = observer
         self._clock = clock
-        self._jobs: SimpleQueue[LayerBegun | CopiedFrame | None] = SimpleQueue()
+        self._gathered: list[PackedLayer | CopiedFrame] = []
+        self._shipments: SimpleQueue[Shipment | None] = SimpleQueue()
         self._layer_id = 0
         self._bad_rows = np.empty(0, np.int64)
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="shipper", daemon=True)
         self._thread.start()
 
-    def submit(self, job: LayerBegun | CopiedFrame) -> None:
-        self._jobs.put(job)
+    def add(self, part: PackedLayer | CopiedFrame) -> None:
+        """Part of the next shipment: the side stream has been asked for it."""
+        self._gathered.append(part)
+
+    def send_off(self) -> None:
+        """Make a shipment of what is gathered."""
+        if self._gathered:
+            done = torch.cuda.Event(blocking=True)  # to be waited for without spinning
+            done.record(self._side_stream)
+            self._shipments.put(Shipment(self._gathered, done))
+            self._gathered = []
 
     def finish(self) -> None:
-        """Wait for everything submitted. Raises what the device did."""
-        self._jobs.put(None)
-        self._thread.join()
+        """Send off the rest and wait for all of it. Raises what the device did."""
+        try:
+            self.send_off()
+        finally:
+            self._shipments.put(None)
+            self._thread.join()
         if self._failure is not None:
             raise self._failure
 
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            try:
-                self._begin(job) if isinstance(job, LayerBegun) else self._hand_on(job)
-            except Exception as error:  # of the device: the batch fails with it
-                self._failure = self._failure or error
+        while (shipment := self._shipments.get()) is not None:
+            self._try(shipment.done.synchronize)
+            for part in shipment.parts:
+                self._try(self._begin if isinstance(part, PackedLayer) else self._hand_on, part)
 
-    def _begin(self, layer: LayerBegun) -> None:
-        layer.packed.synchronize()
+    def _try(self, do: Callable[..., None], *arguments: PackedLayer | CopiedFrame) -> None:
+        """What the device raises fails the batch, when it ends."""
+        try:
+            do(*arguments)
+        except Exception as error:
+            self._failure = self._failure or error
+
+    def _begin(self, layer: PackedLayer) -> None:
         started_s, kv_ready_s = self._clock.time_of(layer.started), self._clock.time_of(layer.kv_ready)
         self._observer.layer_computed(LayerClock(layer.layer_id, started_s, kv_ready_s))
         self._layer_id = layer.layer_id
@@ -280,33 +321,20 @@ class Shipper:
 
     def _hand_on(self, copied: CopiedFrame) -> None:
         frame, sequence = copied.frame, copied.frame.sequence
-        try:
-            copied.done.synchronize()
-            bad = self._bad_rows[(self._bad_rows >= frame.first_row) & (self._bad_rows < frame.end_row)]
-            if len(bad):
-                position = frame.first_position + int(bad[0]) - frame.first_row
-                sequence.error = sequence.error or non_finite(self._layer_id, position)
-            is_wanted = not (self._failure or sequence.cancelled or sequence.error)
-        except Exception:
+        bad = self._bad_rows[(self._bad_rows >= frame.first_row) & (self._bad_rows < frame.end_row)]
+        if len(bad):
+            position = frame.first_position + int(bad[0]) - frame.first_row
+            sequence.error = sequence.error or non_finite(self._layer_id, position)
+        if self._failure or sequence.cancelled or sequence.error:
             self._staging.release(copied.page)
-            raise
-        if is_wanted:
-            self._observer.blocks_encoded(self._encoded(copied))
         else:
-            self._staging.release(copied.page)
+            self._observer.blocks_encoded(self._encoded(copied))
 
     def _encoded(self, copied: CopiedFrame) -> EncodedBlocks:
         frame = copied.frame
         payload = self._staging.page(copied.page)[: frame.num_blocks * self._geometry.block_bytes(copied.format)]
         first_block = frame.first_position // copied.format.tokens_per_block
         return EncodedBlocks(frame.sequence, self._layer_id, first_block, frame.num_blocks, copied.page, payload)
-
-
-def recorded() -> torch.cuda.Event:
-    """An event after what the current stream has to do so far, to be waited for without spinning."""
-    event = torch.cuda.Event(blocking=True)
-    event.record()
-    return event
 
 
 @dataclass(frozen=True)
