@@ -23,6 +23,7 @@ from hmad.facts import config as knobs
 from hmad.facts import keys
 from hmad.facts.config import KNOBS, ROLES, Config
 from hmad.facts.errors import ConfigError
+from hmad.facts.formats import FORMATS, KVGeometry
 
 ROOT = Path(__file__).parent.parent
 D_FLAGS = "--host 127.0.0.1 --port 8001 --stream-port 7700 --precision bf16 --arena-bytes 512M"
@@ -264,6 +265,14 @@ def test_every_knob_from_every_source(
     found = resolved(*argv)
     assert getattr(found.config, knob.field) == value
     assert found.sources[name] == (f"{tmp_path}/hmad.toml [{role}]" if source == "file" else source)
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8_e4m3", "mxfp8", "bfp8"])
+def test_a_frame_holds_a_whole_batch_of_a_layer_by_default(name: str) -> None:
+    """Of every Qwen3 from 4B to 32B: eight KV heads of 128."""
+    most_tokens, frame_bytes = (Config.model_fields[knob].default for knob in ("max_batch_tokens", "frame_bytes"))
+    num_bytes = FORMATS[name].num_blocks(most_tokens) * KVGeometry(64, 8, 128).block_bytes(FORMATS[name])
+    assert num_bytes <= frame_bytes
 
 
 # --- the shipped file ---

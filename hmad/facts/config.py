@@ -234,7 +234,9 @@ class Config(BaseModel):
         None, validation_alias="stream_rate", description="cap on the KV sent, to share a link; none is no cap"
     )
     frame_bytes: Annotated[Size, Field(ge=4 * KIB, le=GIB), OF_PREFILL] = Field(
-        4 * MIB, description="KV bytes of one frame at most, and of one page of staging"
+        # A layer of 2,048 tokens, which is a batch, of eight KV heads of 128 in any format of 8 bits.
+        4352 * KIB,
+        description="KV bytes of one frame at most, and of one page of staging",
     )
     staging_bytes: Annotated[Size, OF_PREFILL] = Field(
         512 * MIB, description="encoded KV that may wait for the wire, in pages of one frame; when full, prefill waits"
