@@ -1,3 +1,3 @@
 """hmad: prefill on cheap low-precision accelerators, decode on HBM, raw quantized KV in between."""
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

@@ -278,7 +278,8 @@ FAULTS: dict[str, Fault] = {
         *(lie_drop, lie_duplicate, lie_replay, swap, swap_and_digest, lengthen, shorten),
     )
 } | {
-    "forge_layer": forge(layer=lambda layer: layer + 1),
+    "forge_layer": forge(first_layer=lambda layer: layer + 1),
+    "forge_more_layers": forge(num_layers=lambda count: count + 1),
     "forge_block": forge(first_block=lambda block: block + 1),
     "forge_far_block": forge(first_block=1 << 30),
     "forge_heads": forge(first_head=lambda head: head + 1),

@@ -27,8 +27,10 @@ class Prefilled:
         self.clocks: list[LayerClock] = []
 
     def keep(self, blocks: EncodedBlocks) -> None:
-        for number, payload in enumerate(blocks.payload.reshape(blocks.num_blocks, -1)):
-            self.blocks[blocks.sequence, blocks.layer_id, blocks.first_block + number] = payload.copy()
+        payloads = blocks.payload.reshape(blocks.num_layers, blocks.num_blocks, -1)
+        for layer, number in np.ndindex(payloads.shape[:2]):
+            place = (blocks.sequence, blocks.first_layer + layer, blocks.first_block + number)
+            self.blocks[place] = payloads[layer, number].copy()
         self.staging.release(blocks.page)
 
     def run(self, *chunks: PrefillChunk) -> dict[PrefillSequence, list[SampledToken]]:

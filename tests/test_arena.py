@@ -65,7 +65,9 @@ class Decoding:
 
         def land(blocks: EncodedBlocks) -> None:
             slots = self.slots[blocks.first_block : blocks.first_block + blocks.num_blocks]
-            views = HostLane(self.arena).place(blocks.layer_id, slots, fmt, 0, GEOMETRY.num_kv_heads)
+            views = HostLane(self.arena).place(
+                range(blocks.first_layer, blocks.first_layer + 1), slots, fmt, 0, GEOMETRY.num_kv_heads
+            )
             copy_into(views, blocks.payload)
             staging.release(blocks.page)
 
@@ -235,25 +237,26 @@ def test_best_fit_spares_the_long_run() -> None:
 @given(
     name=st.sampled_from(sorted(FORMATS)),
     heads=st.sampled_from([(0, 4), (0, 1), (1, 2), (3, 1), (2, 2)]),
-    layer_id=st.integers(0, 1),
+    layers=st.sampled_from([range(1), range(1, 2), range(2)]),
     slots=st.permutations(range(9)).flatmap(lambda order: st.integers(1, 9).map(lambda count: order[:count])),
 )
 def test_landing_is_exactly_the_blocks_heads(
-    name: str, heads: tuple[int, int], layer_id: int, slots: list[int]
+    name: str, heads: tuple[int, int], layers: range, slots: list[int]
 ) -> None:
-    """The views take a payload in wire order: block after block, and of each block the bytes of these heads."""
+    """The views take a payload in wire order: layer after layer, block after block, the bytes of these heads."""
     geometry, (first_head, num_heads) = KVGeometry(2, 4, 64), heads
     arena = Arena(geometry, 9 * 2 * geometry.slot_bytes)
     arena.bytes.zero_()
     panel_bytes = {"int8": 2176, "fp8_e4m3": 2176, "mxfp8": 2112, "bfp8": 2176}.get(name, 2048)
     start, size = 2 * panel_bytes * first_head, 2 * panel_bytes * num_heads
-    payload = np.random.default_rng(0).integers(1, 256, (len(slots), size), dtype=np.uint8)
+    payload = np.random.default_rng(0).integers(1, 256, (len(layers), len(slots), size), dtype=np.uint8)
     copy_into(
-        HostLane(arena).place(layer_id, np.array(slots, np.int32), FORMATS[name], first_head, num_heads),
+        HostLane(arena).place(layers, np.array(slots, np.int32), FORMATS[name], first_head, num_heads),
         payload.reshape(-1),
     )
     expected = np.zeros((2, 9, geometry.slot_bytes), np.uint8)
-    expected[layer_id, slots, start : start + size] = payload
+    for layer_id, each in zip(layers, payload, strict=True):
+        expected[layer_id, slots, start : start + size] = each
     assert np.array_equal(arena.bytes.numpy(), expected)
 
 
@@ -262,5 +265,5 @@ def test_landing_joins_what_touches() -> None:
     geometry = KVGeometry(1, 2, 128)  # bfp8 fills its slot
     arena = Arena(geometry, 8 * geometry.slot_bytes)
     slots = np.array([2, 3, 4, 6], np.int32)
-    sizes = [len(view) for view in HostLane(arena).place(0, slots, FORMATS["bfp8"], 0, 2)]
+    sizes = [len(view) for view in HostLane(arena).place(range(1), slots, FORMATS["bfp8"], 0, 2)]
     assert sizes == [3 * geometry.slot_bytes, geometry.slot_bytes]

@@ -178,7 +178,7 @@ FAULTS_THAT_COST = [
     *(("lengthen", LAYER), ("shorten", RESERVE), ("lengthen", TOKENS), ("lie_drop", TOKENS)),
     *(("lie_duplicate", kind) for kind in (RESERVE, LAYER, COMMIT)),
     *(("lie_replay", kind) for kind in (LAYER, COMMITTED)),
-    *((f"forge_{what}", LAYER) for what in ("layer", "block", "far_block", "heads", "epoch", "id")),
+    *((f"forge_{what}", LAYER) for what in ("layer", "more_layers", "block", "far_block", "heads", "epoch", "id")),
     *((f"forge_{what}", COMMIT) for what in ("fewer_frames", "epoch", "id")),
 ]
 

@@ -41,7 +41,7 @@ SAMPLING_MAP = {
 }
 NODE_MAP = {"version": "0.1.0", "node_id": "n1", "boot_id": ID}
 OF_TRANSFER = {"transfer_id": ID, "epoch": 3}
-RANGE_MAP = {"layer": 2, "first_block": 5, "num_blocks": 1, "first_head": 0, "num_heads": 2}
+RANGE_MAP = {"first_layer": 2, "num_layers": 1, "first_block": 5, "num_blocks": 1, "first_head": 0, "num_heads": 2}
 LAYER_MAP = {**OF_TRANSFER, **RANGE_MAP, "digest": DIGEST, "via": "inline", "descriptor": None}
 
 # (frame type on the wire, event, its header as a plain map, its payload)
@@ -103,16 +103,16 @@ TABLE: list[tuple[int, m.AnyMessage, dict[str, Any], bytes]] = [
         {**OF_TRANSFER, "reason": "full", "message": "full", "retry_after_s": 0.5},
         b"",
     ),
-    (8, m.Layer(ID, 3, 2, 5, 1, 0, 2, DIGEST), LAYER_MAP, LAYER_PAYLOAD),
+    (8, m.Layer(ID, 3, 2, 1, 5, 1, 0, 2, DIGEST), LAYER_MAP, LAYER_PAYLOAD),
     (
         8,
-        m.Layer(ID, 3, 2, 5, 1, 0, 2, DIGEST, m.Via.READ, m.Descriptor(1, 2, 3)),
+        m.Layer(ID, 3, 2, 1, 5, 1, 0, 2, DIGEST, m.Via.READ, m.Descriptor(1, 2, 3)),
         {**LAYER_MAP, "via": "read", "descriptor": {"region": 1, "offset": 2, "length": 3}},
         b"",
     ),
     (
         9,
-        m.Landed(ID, 3, 2, 5, 1, 0, 2, 1.5, 1.75),
+        m.Landed(ID, 3, 2, 1, 5, 1, 0, 2, 1.5, 1.75),
         {**OF_TRANSFER, **RANGE_MAP, "landed_s": 1.5, "verified_s": 1.75},
         b"",
     ),
@@ -248,7 +248,7 @@ def test_a_golden_frame() -> None:
 
 def test_get_buffer_is_exact_and_without_side_effects() -> None:
     harness = Harness()
-    data = encode_frame(m.Layer(ID, 3, 2, 5, 1, 0, 2, DIGEST), LAYER_PAYLOAD) + LAYER_PAYLOAD
+    data = encode_frame(m.Layer(ID, 3, 2, 1, 5, 1, 0, 2, DIGEST), LAYER_PAYLOAD) + LAYER_PAYLOAD
     header_len = len(data) - 200 - PREFIX_BYTES
     seen = []
     while data:
@@ -266,7 +266,7 @@ def test_get_buffer_is_exact_and_without_side_effects() -> None:
 def test_digest_none_hashes_nothing() -> None:
     harness = Harness()
     harness.reader.digest = "none"
-    layer = m.Layer(ID, 3, 2, 5, 1, 0, 2, DIGEST)
+    layer = m.Layer(ID, 3, 2, 1, 5, 1, 0, 2, DIGEST)
     (received,) = harness.reader.feed(encode_frame(layer, LAYER_PAYLOAD) + LAYER_PAYLOAD)
     assert received.digest is None
     assert harness.landed == LAYER_PAYLOAD
@@ -276,7 +276,7 @@ def test_a_layer_payload_is_never_copied() -> None:
     arena = bytearray(4096)
     reader = FrameReader(LIMITS, lambda layer, payload_len: [memoryview(arena)[100 : 100 + payload_len]])
     reader.authenticated = True
-    (received,) = reader.feed(encode_frame(m.Layer(ID, 3, 2, 5, 1, 0, 2, DIGEST), LAYER_PAYLOAD) + LAYER_PAYLOAD)
+    (received,) = reader.feed(encode_frame(m.Layer(ID, 3, 2, 1, 5, 1, 0, 2, DIGEST), LAYER_PAYLOAD) + LAYER_PAYLOAD)
     assert received.payload is None
     assert bytes(arena) == bytes(100) + LAYER_PAYLOAD + bytes(4096 - 300)
 
@@ -431,14 +431,14 @@ def test_what_place_refuses_is_refused() -> None:
     reader = FrameReader(LIMITS, place)
     reader.authenticated = True
     with pytest.raises(RemoteProtocolError, match="not yours"):
-        reader.feed(encode_frame(m.Layer(ID, 3, 2, 5, 1, 0, 2, DIGEST), LAYER_PAYLOAD))
+        reader.feed(encode_frame(m.Layer(ID, 3, 2, 1, 5, 1, 0, 2, DIGEST), LAYER_PAYLOAD))
 
 
 def test_place_must_give_exactly_the_room_needed() -> None:
     reader = FrameReader(LIMITS, lambda layer, payload_len: [memoryview(bytearray(payload_len + 1))])
     reader.authenticated = True
     with pytest.raises(LocalProtocolError, match="201 bytes of room"):
-        reader.feed(encode_frame(m.Layer(ID, 3, 2, 5, 1, 0, 2, DIGEST), LAYER_PAYLOAD))
+        reader.feed(encode_frame(m.Layer(ID, 3, 2, 1, 5, 1, 0, 2, DIGEST), LAYER_PAYLOAD))
 
 
 def test_more_bytes_than_asked_for_is_our_bug() -> None:

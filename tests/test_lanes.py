@@ -3,6 +3,7 @@ the GPU that takes its time to empty their pages.
 """
 
 import asyncio
+import math
 import random
 import socket
 import threading
@@ -54,9 +55,11 @@ class SlowLanding:
 
     def _copy(self, job: Copy) -> None:
         placed = job.placed
-        blocks = job.page.memory[: len(placed.slots) * placed.block_bytes].view(-1, placed.block_bytes)
+        shape = (len(placed.layers), len(placed.slots), placed.block_bytes)
+        blocks = job.page.memory[: math.prod(shape)].view(shape)
         columns = slice(placed.offset, placed.offset + placed.block_bytes)
-        self._arena.layer(placed.layer_id)[torch.from_numpy(placed.slots).long(), columns] = blocks
+        for layer_id, each in zip(placed.layers, blocks, strict=True):
+            self._arena.layer(layer_id)[torch.from_numpy(placed.slots).long(), columns] = each
         job.page.is_free = True
         job.then()
 
@@ -108,7 +111,7 @@ async def receiving() -> AsyncIterator[tuple[Handler, BulkReceiver, socket.socke
     receiver.start()
     payload = b"abcd"
     with peer:
-        peer.sendall(encode_frame(Layer(bytes(16), 0, 0, 0, 1, 0, 4, digest_of(payload)), payload) + payload)
+        peer.sendall(encode_frame(Layer(bytes(16), 0, 0, 1, 0, 1, 0, 4, digest_of(payload)), payload) + payload)
         yield handler, receiver, peer
         receiver.stop(RemoteError("the test ends"))
         await asyncio.wait_for(receiver.ended, PATIENCE_S)
@@ -165,11 +168,11 @@ def test_a_lane_that_is_not_free_says_so() -> None:
     copies: list[Copy] = []
     lane = CudaLane(arena, [Page(torch.empty(LAYER_BYTES, dtype=torch.uint8))] * 1, copies.append, list, list)
     slots = np.array([2], np.int32)
-    [view] = lane.place(0, slots, BFP8, 0, 2)
-    assert len(view) == sum(len(v) for v in HostLane(arena).place(0, slots, BFP8, 0, 2))
+    [view] = lane.place(range(1), slots, BFP8, 0, 2)
+    assert len(view) == sum(len(v) for v in HostLane(arena).place(range(1), slots, BFP8, 0, 2))
     lane.store()
     assert not lane.is_free
     with pytest.raises(LocalError, match="still being copied"):
-        lane.place(0, slots, BFP8, 0, 2)
+        lane.place(range(1), slots, BFP8, 0, 2)
     copies[0].page.is_free = True
     assert lane.is_free

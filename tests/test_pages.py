@@ -57,8 +57,8 @@ def timeline(**changes: object) -> Timeline:
     spans.computed(0, 1.000, 1.002)
     spans.computed(1, 1.010, 1.012)
     spans.compute_ended(1.020)
-    spans.frames.append(FrameSpan(0, 0, 3, 900, 1.003, 1.004, 1.005, 1.0085, 1.009))
-    spans.frames.append(FrameSpan(1, 0, 3, 900, 1.013, 1.014, 1.015, 1.0235, 1.024))
+    spans.frames.append(FrameSpan(0, 1, 0, 3, 900, 1.003, 1.004, 1.005, 1.0085, 1.009))
+    spans.frames.append(FrameSpan(1, 1, 0, 3, 900, 1.013, 1.014, 1.015, 1.0235, 1.024))
     spans.token(0, 1.021)
     layers = {
         0: LayerTimes(1.000, 1.002, 900, 1.004, 1.0085, 1.009),
@@ -115,7 +115,7 @@ def test_spans_are_bounded() -> None:
     spans = Spans(limit=2)
     for i in range(5):
         spans.computed(i, i, i + 0.5)
-        spans.frame(FrameSpan(i, 0, 1, 1, i))
+        spans.frame(FrameSpan(i, 1, 0, 1, 1, i))
         spans.token(0, i)
     assert [len(spans.compute), len(spans.frames), len(spans.tokens)] == [2, 2, 2]
     assert [span.ended_s for span in spans.compute] == [1, 2]

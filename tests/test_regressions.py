@@ -73,7 +73,7 @@ async def test_slots_that_the_engine_frees_late_are_told_too(monkeypatch: pytest
 async def test_decode_node_counts_its_errors_by_cause() -> None:
     async with pair() as p:
         lease = await p.lease(4)
-        blocks = frame(random_kv(4), 0, 0, 4)
+        blocks = frame(random_kv(4), range(1), 0, 4)
         lease.send_blocks(type(blocks)(**{**vars(blocks), "digest": bytes(16)}))
         with pytest.raises(TransferAborted):
             await asyncio.wait_for(lease.next_token(), PATIENCE_S)

@@ -31,7 +31,17 @@ from hmad.wire.transfers import LayerKey, layer_key
 Placement = tuple[bytes, int]  # transfer id, epoch
 UNKNOWN_ID = b"?" * 16
 ALTERABLE = (
-    *("transfer_id", "epoch", "layer", "first_block", "num_blocks", "first_head", "num_heads", "digest"),
+    *(
+        "transfer_id",
+        "epoch",
+        "first_layer",
+        "num_layers",
+        "first_block",
+        "num_blocks",
+        "first_head",
+        "num_heads",
+        "digest",
+    ),
     *("num_frames", "root_digest", "num_choices", "num_prompt_tokens", "num_cached_tokens", "choice", "index"),
 )
 AT_LEAST_ONE = {"num_blocks", "num_heads", "num_choices", "num_prompt_tokens"}

@@ -38,14 +38,20 @@ def reserve(transfer_id: bytes = ID, epoch: int = 0, num_choices: int = 2, token
 
 
 def layer(
-    number: int, first_block: int = 0, num_blocks: int = 3, first_head: int = 0, num_heads: int = 2, epoch: int = 0
+    number: int,
+    first_block: int = 0,
+    num_blocks: int = 3,
+    first_head: int = 0,
+    num_heads: int = 2,
+    epoch: int = 0,
+    num_layers: int = 1,
 ) -> m.Layer:
     digest = xxhash.xxh3_128_digest(f"{number} {first_block} {first_head}".encode())
-    return m.Layer(ID, epoch, number, first_block, num_blocks, first_head, num_heads, digest)
+    return m.Layer(ID, epoch, number, num_layers, first_block, num_blocks, first_head, num_heads, digest)
 
 
 def size(message: m.Layer) -> int:
-    return message.num_blocks * message.num_heads * CELL_BYTES
+    return message.num_layers * message.num_blocks * message.num_heads * CELL_BYTES
 
 
 LAYERS = (layer(0), layer(1))
@@ -108,7 +114,7 @@ def test_a_transfer_from_reserve_to_last_token() -> None:
     transfer = d.reserve(reserve())
     assert d.grant(ID, LEASE_S, 0.0) == m.Grant(ID, 0, LEASE_S)
     first = land(d, LAYERS[0])
-    assert first == Outcome(Verdict.WAITING, transfer, (m.Landed(ID, 0, 0, 0, 3, 0, 2, 2.0, 2.5),))
+    assert first == Outcome(Verdict.WAITING, transfer, (m.Landed(ID, 0, 0, 1, 0, 3, 0, 2, 2.0, 2.5),))
     assert d.commit(COMMIT).verdict is Verdict.WAITING
     assert land(d, LAYERS[1]).verdict is Verdict.READY
     assert d.committed(ID, 3.0) == m.Committed(ID, 0, 2.0, 2.5, 3.0)
@@ -138,6 +144,29 @@ def test_layers_in_parts_and_out_of_order() -> None:
     assert d.commit(replace(COMMIT, num_frames=5, root_digest=root)).verdict is Verdict.READY
 
 
+def test_layers_that_leave_together() -> None:
+    """The last block of both layers in one frame; what is covered by it is covered in either layer."""
+    together, lower, upper = layer(0, 2, 1, num_layers=2), layer(0, 0, 2), layer(1, 0, 2)
+    d, p = decode_side(), PrefillTransfers()
+    p.reserve(reserve())
+    p.granted(GRANT)
+    for message in (upper, together, lower):
+        p.layer_sent(message)
+        [reply] = land(d, message).replies
+        assert reply.layers == message.layers
+        p.landed(reply)
+    with refuses("more LAYERs|came before"):
+        begin(copy.deepcopy(d), layer(1, 2, 1))
+    assert d.commit(p.commit(ID, CHOICES)).verdict is Verdict.READY
+
+
+def test_a_layer_that_is_missing_among_those_that_left_together() -> None:
+    d = decode_side()
+    land(d, layer(0, 0, 2, num_layers=2), layer(0, 2, 1))
+    with refuses("all 2 LAYERs came and blocks are missing"):
+        d.commit(COMMIT)
+
+
 @given(st.data())
 def test_cells_are_counted_one_by_one(data: st.DataObject) -> None:
     lease = Lease(2, data.draw(st.integers(1, 9)), 3, data.draw(st.integers(1, 5)), CELL_BYTES)
@@ -156,7 +185,9 @@ def test_cells_are_counted_one_by_one(data: st.DataObject) -> None:
 @pytest.mark.parametrize(
     ("message", "words"),
     [
-        (layer(2), "layer 2 of 2"),
+        (layer(2), "layers 2 to 2, the lease has 2"),
+        (layer(1, num_layers=2), "layers 1 to 2, the lease has 2"),
+        (layer(2**16 - 1, num_layers=4096), "the lease has 2"),
         (layer(0, 1, 3), "blocks 1 to 3, the lease has 3"),
         (layer(0, 2**31 - 1, 2**31 - 1), "the lease has 3"),
         (layer(0, 0, 3, 1, 2), "heads 1 to 2, the lease has 2 from 0"),
@@ -182,11 +213,11 @@ def test_heads_below_the_range_of_the_node() -> None:
 
 @pytest.mark.parametrize("wrong_bytes", [-1, 1, CELL_BYTES])
 def test_a_payload_of_the_wrong_length(wrong_bytes: int) -> None:
-    with refuses("its blocks and heads have"):
+    with refuses("its layers, blocks and heads have"):
         decode_side().layer_destination(LAYERS[0], size(LAYERS[0]) + wrong_bytes, 1.0)
 
 
-@pytest.mark.parametrize("again", [layer(0), layer(0, 2, 1), layer(0, 1, 1, 1, 1)])
+@pytest.mark.parametrize("again", [layer(0), layer(0, 2, 1), layer(0, 1, 1, 1, 1), layer(0, num_layers=2)])
 def test_blocks_covered_twice(again: m.Layer) -> None:
     d = decode_side()
     begin(d, LAYERS[0])
@@ -614,8 +645,8 @@ def prefill_side(state: State) -> PrefillTransfers:
 
 
 def landed(message: m.Layer) -> m.Landed:
-    of_layer = (message.layer, message.first_block, message.num_blocks, message.first_head, message.num_heads)
-    return m.Landed(message.transfer_id, message.epoch, *of_layer, 1.0, 2.0)
+    where = [getattr(message, name) for name in m.KVRange.__struct_fields__]
+    return m.Landed(*where, 1.0, 2.0)
 
 
 def test_p_ends_with_the_last_entry() -> None:
@@ -689,6 +720,7 @@ def test_p_does_not_cancel_what_is_over() -> None:
         landed(layer(0, 0, 2)),
         landed(layer(0, 0, 3, 0, 1)),
         landed(layer(0, 1, 3)),
+        landed(layer(0, num_layers=2)),
         landed(replace(layer(0), transfer_id=OTHER_ID)),
         landed(layer(0, epoch=1)),
     ],
@@ -1027,9 +1059,10 @@ def layers_of(message: m.Reserve, random: Random) -> list[m.Layer]:
     cut = random.randint(1, num_blocks)
     blocks = [(0, cut), (cut, num_blocks - cut)] if cut < num_blocks else [(0, num_blocks)]
     heads = random.choice([[(0, 2)], [(0, 1), (1, 1)]])
+    layers = random.choice([[(0, 2)], [(0, 1), (1, 1)]])
     parts = [
-        replace(layer(number, *run, *head, epoch=message.epoch), transfer_id=message.transfer_id)
-        for number in range(GEOMETRY.num_layers)
+        replace(layer(first, *run, *head, message.epoch, num_layers), transfer_id=message.transfer_id)
+        for first, num_layers in layers
         for run in blocks
         for head in heads
     ]

@@ -301,20 +301,21 @@ def random_kv(num_blocks: int, fmt: KVFormat = BFP8, seed: int = 0) -> np.ndarra
     return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
-Released = Counter[tuple[int, int]]  # how often the page of (layer, first block) was given back
+Released = Counter[tuple[int, int]]  # how often the page of (first layer, first block) was given back
 
 
-def frame(kv: np.ndarray, layer_id: int, first: int, count: int, released: Released | None = None) -> StagedBlocks:
-    payload = kv[layer_id, first : first + count].reshape(-1)
+def frame(kv: np.ndarray, layers: range, first: int, count: int, released: Released | None = None) -> StagedBlocks:
+    payload = kv[layers.start : layers.stop, first : first + count]
     counts: Released = Counter() if released is None else released
-    release = partial(counts.update, [(layer_id, first)])
-    return StagedBlocks(layer_id, first, len(payload) // kv.shape[2], payload.data, digest_of(payload), 0.0, release)
+    release = partial(counts.update, [(layers.start, first)])
+    extent, raw = (layers.start, len(payload), first, payload.shape[1]), payload.reshape(-1)
+    return StagedBlocks(*extent, raw.data, digest_of(raw), 0.0, release)
 
 
-def frames(kv: np.ndarray, per_frame: int, released: Released | None = None) -> list[StagedBlocks]:
+def frames(kv: np.ndarray, per_frame: int, released: Released | None = None, num_layers: int = 1) -> list[StagedBlocks]:
     return [
-        frame(kv, layer_id, first, per_frame, released)
-        for layer_id in range(kv.shape[0])
+        frame(kv, range(first_layer, first_layer + num_layers), first, per_frame, released)
+        for first_layer in range(0, kv.shape[0], num_layers)
         for first in range(0, kv.shape[1], per_frame)
     ]
 
@@ -332,7 +333,7 @@ def digest_of(payload: Any) -> bytes:
 
 
 def all_once(released: Released, kv: np.ndarray, per_frame: int = 3) -> bool:
-    return released == Counter((b.layer_id, b.first_block) for b in frames(kv, per_frame))
+    return released == Counter((b.first_layer, b.first_block) for b in frames(kv, per_frame))
 
 
 # --- bytes land where they belong ---
@@ -354,6 +355,29 @@ async def test_sequences_land_bit_exact_side_by_side(fmt: KVFormat, bulks: int) 
             np.testing.assert_array_equal(p.decode.stored(sequence, fmt), kv)
         # The sending threads give pages back by way of the loop, and the last may be behind the commit.
         await until(lambda: all(all_once(r, kv) for r, kv in zip(released, kvs, strict=True)))
+        p.decode.role.check_integrity()
+
+
+@pytest.mark.parametrize("num_layers", [2, GEOMETRY.num_layers])
+async def test_layers_in_one_frame_land_in_their_slots(num_layers: int) -> None:
+    """Into slots that others have left gaps between; what the timeline says of such layers is the same."""
+    async with pair() as p:
+        leases = [await p.lease(5) for _ in range(12)]
+        for lease in leases[::2]:
+            lease.close()
+        await until(lambda: p.decode.arena.used_slots == 6 * 6)
+        kv, released = random_kv(40), Counter()
+        lease = await p.lease(40)
+        sent = frames(kv, 15, released, num_layers)
+        for blocks in sent:
+            lease.send_blocks(blocks)
+        (sequence,) = await p.commit(lease)
+        assert np.any(np.diff(sequence.prefix[0].slots) != 1)
+        np.testing.assert_array_equal(p.decode.stored(sequence, BFP8), kv)
+        await until(lambda: released == Counter((b.first_layer, b.first_block) for b in sent))
+        times = lease._timeline.layers
+        assert {layer.wire_bytes for layer in times.values()} == {kv[0].nbytes}
+        assert all(layer.sent_s and layer.verified_s for layer in times.values())
         p.decode.role.check_integrity()
 
 
@@ -474,7 +498,7 @@ async def granted(hand: HandDriven, num_blocks: int) -> m.Reserve:
 
 
 def layer_of(message: m.Reserve, payload: bytes, layer_id: int, blocks: range, heads: range) -> m.Layer:
-    where = (layer_id, blocks.start, len(blocks), heads.start, len(heads))
+    where = (layer_id, 1, blocks.start, len(blocks), heads.start, len(heads))
     return m.Layer(message.transfer_id, message.epoch, *where, digest_of(payload))
 
 
@@ -496,7 +520,7 @@ async def test_ranges_of_heads_land_beside_each_other() -> None:
             digests[layer_id, blocks.start, heads.start] = digest_of(payload)
             await hand.send(layer_of(message, payload, layer_id, blocks, heads), payload, m.Channel.BULK)
         landed = [await hand.receive(m.Landed) for _ in places]
-        assert [(x.layer, x.first_block, x.first_head) for x in landed] == list(digests)
+        assert [(x.first_layer, x.first_block, x.first_head) for x in landed] == list(digests)
         await hand.send(m.Commit(message.transfer_id, 0, (CHOICE,), len(places), root_digest(digests)))
         await hand.receive(m.Committed)
         np.testing.assert_array_equal(decode.stored(decode.engine.batch[0], BFP8), kv)
@@ -548,7 +572,7 @@ async def test_a_page_is_reused_only_when_the_kernel_has_all_of_it() -> None:
             for number in range(num_frames):
                 page = await free.get()
                 page[:] = bytes([number]) * num_bytes
-                layer = m.Layer(bytes(16), 0, number, 0, 1, 0, 4, digest_of(page))
+                layer = m.Layer(bytes(16), 0, number, 1, 0, 1, 0, 4, digest_of(page))
                 bulk.put(OutgoingLayer(layer, memoryview(page), ignore, partial(reuse, page)))
 
         working = asyncio.create_task(engine())
@@ -558,7 +582,9 @@ async def test_a_page_is_reused_only_when_the_kernel_has_all_of_it() -> None:
         layers = await asyncio.to_thread(read_layers, reader, num_frames, num_bytes)
         sender.cancel()
         await asyncio.gather(working, sender, return_exceptions=True)
-    assert [(layer.layer, layer.digest == digest) for layer, digest in layers] == [(n, True) for n in range(num_frames)]
+    assert [(layer.first_layer, layer.digest == digest) for layer, digest in layers] == [
+        (n, True) for n in range(num_frames)
+    ]
 
 
 @asynccontextmanager
@@ -581,7 +607,7 @@ async def test_a_sender_that_is_closed_ends_its_thread_and_gives_every_page_back
         sender = asyncio.create_task(bulk.run())
         returned: list[int] = []
         for number in range(3):
-            layer = m.Layer(bytes(16), 0, number, 0, 1, 0, 4, bytes(16))
+            layer = m.Layer(bytes(16), 0, number, 1, 0, 1, 0, 4, bytes(16))
             bulk.put(OutgoingLayer(layer, memoryview(bytes(1 << 22)), ignore, partial(returned.append, number)))
         await asyncio.sleep(0.05)
         assert returned == []
@@ -598,7 +624,7 @@ async def test_a_peer_that_resets_ends_the_sender_with_an_error() -> None:
     async with stalled_socket() as (sock, reader):
         bulk = BulkSender(sock, Pacer(None))
         sender = asyncio.create_task(bulk.run())
-        layer = m.Layer(bytes(16), 0, 0, 0, 1, 0, 4, bytes(16))
+        layer = m.Layer(bytes(16), 0, 0, 1, 0, 1, 0, 4, bytes(16))
         bulk.put(OutgoingLayer(layer, memoryview(bytes(1 << 22)), ignore, ignore))
         await asyncio.to_thread(reader.recv, 1 << 10)
         reader.close()
@@ -615,7 +641,7 @@ async def test_a_capped_frame_is_on_the_wire_as_long_as_the_cap_says() -> None:
         bulk = BulkSender(sock, pacer)
         sender = asyncio.create_task(bulk.run())
         layer = OutgoingLayer(
-            m.Layer(bytes(16), 0, 0, 0, 1, 0, 4, bytes(16)), memoryview(bytes(num_bytes)), ignore, ignore
+            m.Layer(bytes(16), 0, 0, 1, 0, 1, 0, 4, bytes(16)), memoryview(bytes(num_bytes)), ignore, ignore
         )
         pacer.skip_idle()
         bulk.put(layer)
@@ -635,7 +661,7 @@ async def test_a_report_that_fails_ends_the_sender_and_keeps_no_other_from_being
         sender = asyncio.create_task(bulk.run())
         returned: list[int] = []
         for number in range(2):
-            layer = m.Layer(bytes(16), 0, number, 0, 1, 0, 4, bytes(16))
+            layer = m.Layer(bytes(16), 0, number, 1, 0, 1, 0, 4, bytes(16))
             bulk.put(OutgoingLayer(layer, memoryview(bytes(64)), fail, partial(returned.append, number)))
         await asyncio.sleep(0)
         while bulk._thread.is_alive():  # all that it has to report waits for a loop that is late
@@ -709,14 +735,14 @@ async def test_landed_may_overtake_the_report_that_a_layer_has_begun() -> None:
     session, lease, released = await played_lease()
     first, *others = session.layers
     assert first.take()
-    landed = m.Landed(lease.transfer_id, 0, 0, 0, 1, 0, GEOMETRY.num_kv_heads, 1.0, 1.0)
+    landed = m.Landed(lease.transfer_id, 0, 0, 1, 0, 1, 0, GEOMETRY.num_kv_heads, 1.0, 1.0)
     lease.landed(landed)
     assert not released, "the kernel may still read it"
     first.begun()
     first.sent()
     assert released == Counter([(0, 0)])
     with pytest.raises(RemoteProtocolError, match="matches no LAYER on its way"):
-        lease.landed(msgspec.structs.replace(landed, layer=1))
+        lease.landed(msgspec.structs.replace(landed, first_layer=1))
     assert not others[0].take()  # such a peer's session ends: nothing more leaves
 
 
@@ -757,7 +783,7 @@ async def test_full_staging_holds_the_engine_and_nothing_grows() -> None:
                 page = staging.acquire()
                 staging.page(page)[:] = np.frombuffer(blocks.payload, np.uint8)
                 staged = replace(blocks, payload=staging.page(page).data, release=partial(staging.release, page))
-                handed_over.append((blocks.layer_id, blocks.first_block))
+                handed_over.append((blocks.first_layer, blocks.first_block))
                 loop.call_soon_threadsafe(lease.send_blocks, staged)
             loop.call_soon_threadsafe(all_given.set)  # behind the blocks, as the engine's last word is
 
@@ -885,7 +911,7 @@ async def test_a_wrong_digest_ends_its_transfer_alone() -> None:
 
 
 def send_damaged(lease: Lease) -> None:
-    lease.send_blocks(replace(frame(random_kv(4), 0, 0, 4), digest=bytes(16)))
+    lease.send_blocks(replace(frame(random_kv(4), range(1), 0, 4), digest=bytes(16)))
 
 
 async def test_three_wrong_digests_within_a_minute_end_the_session() -> None:

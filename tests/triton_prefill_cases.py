@@ -52,8 +52,11 @@ def on_cpu(checkpoint: Path) -> Prefilled:
     return Prefilled(CpuPrefill(load_model(checkpoint, "fp32"), GEOMETRY, staging), staging)
 
 
-def on_device(checkpoint: Path, num_pages: int = NUM_PAGES, max_batch_tokens: int = 256) -> Prefilled:
-    staging = StagingPool(num_pages * PAGE_BYTES, PAGE_BYTES, pinned=not INTERPRETED)
+def on_device(
+    checkpoint: Path, num_pages: int = NUM_PAGES, max_batch_tokens: int = 256, blocks_per_page: int = 1
+) -> Prefilled:
+    page_bytes = blocks_per_page * PAGE_BYTES
+    staging = StagingPool(num_pages * page_bytes, page_bytes, pinned=not INTERPRETED)
     device = CudaPrefill(model_on_device(checkpoint), GEOMETRY, staging, max_batch_tokens)
     return Prefilled(device, staging)
 
@@ -80,15 +83,13 @@ def values_of(prefilled: Prefilled, lengths: list[tuple[KVFormat | None, int]]) 
     return values
 
 
-# Launched one by one, and captured; a layer to a shipment, and all in one.
-@pytest.mark.parametrize(("max_batch_tokens", "shipment_bytes"), [(16, 1), (256, cuda_prefill.SHIPMENT_BYTES)])
-def test_a_packed_batch_says_what_the_cpu_says(
-    checkpoint: Path, max_batch_tokens: int, shipment_bytes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cuda_prefill, "SHIPMENT_BYTES", shipment_bytes)
+# Launched one by one, and captured; of a page of one block, of five and of all of a prompt's.
+@pytest.mark.parametrize(("max_batch_tokens", "blocks_per_page"), [(16, 1), (256, 5), (256, 30)])
+def test_a_packed_batch_says_what_the_cpu_says(checkpoint: Path, max_batch_tokens: int, blocks_per_page: int) -> None:
     lengths = [*((FORMATS[name], length) for name, length in LENGTHS.items()), (None, 2), (FORMATS["int8"], 1)]
     expected = values_of(on_cpu(checkpoint), lengths)
-    ours = values_of(on_device(checkpoint, max_batch_tokens=max_batch_tokens), lengths)
+    device = on_device(checkpoint, max_batch_tokens=max_batch_tokens, blocks_per_page=blocks_per_page)
+    ours = values_of(device, lengths)
     names = ["fp32"] * len(lengths) + [fmt.name for fmt, _ in lengths if fmt for _ in range(2 * GEOMETRY.num_layers)]
     for name, a, b in zip(names, ours, expected, strict=True):
         if name == "fp32":
@@ -138,25 +139,33 @@ def test_full_staging_holds_prefill_up_until_pages_come_back(checkpoint: Path) -
         assert (held.raw(sequences[1], layer_id) == whole.raw(sequences[0], layer_id)).all()
 
 
-def test_so_many_layers_leave_together_that_they_make_a_shipment(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of three layers the first waits for the second, and both are gone before the third begins."""
-    prefilled, num_tokens = on_device(checkpoint), 33
-    layer_bytes = num_tokens * 2 * GEOMETRY.num_kv_heads * GEOMETRY.head_dim * 4
-    monkeypatch.setattr(cuda_prefill, "SHIPMENT_BYTES", layer_bytes + 1)
+def test_layers_leave_when_they_fill_a_page(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page has room for two of the three layers: the first waits for the second, and both are gone before the third
+    begins. What a longer prompt beside it fills a page with, it need not wait for."""
+    prefilled = on_device(checkpoint, blocks_per_page=2)
+    short, long = (sequence_of(prompt_of(length), FORMATS["int8"]) for length in (9, 33))  # one block, and two
     begins, num_shipped = cuda_prefill.Batch.layer_begins, []
 
+    def shipped() -> tuple[int, int]:
+        owners = [sequence for sequence, _, _ in prefilled.blocks]
+        return owners.count(short), owners.count(long)
+
     def watched(batch: cuda_prefill.Batch, layer_id: int) -> None:
-        if layer_id == 2:
-            wait_until(lambda: len(prefilled.blocks) == 2 * FORMATS["int8"].num_blocks(num_tokens))
-        num_shipped.append(len(prefilled.blocks))
+        wait_until(lambda: shipped() == (layer_id // 2 * 2, 2 * layer_id))
+        num_shipped.append(shipped())
         begins(batch, layer_id)
 
     monkeypatch.setattr(cuda_prefill.Batch, "layer_begins", watched)
-    prefilled.run(PrefillChunk(sequence_of(prompt_of(num_tokens), FORMATS["int8"]), num_tokens))
-    assert num_shipped == [0, 0, 4]
-    assert len(prefilled.blocks) == 6
+    prefilled.run(PrefillChunk(short, 9), PrefillChunk(long, 33))
+    assert num_shipped == [(0, 0), (0, 2), (2, 4)]
+    assert shipped() == (3, 6)
+    assert prefilled.staging.free_pages == NUM_PAGES
+
+
+def test_pages_that_are_not_full_leave_when_there_are_no_more(checkpoint: Path) -> None:
+    """Three prompts whose three layers would fit into a page each, and two pages."""
+    prefilled = on_device(checkpoint, num_pages=2, blocks_per_page=8)
+    values_of(prefilled, [(FORMATS["int8"], length) for length in (3, 9, 5)])
 
 
 def test_what_the_device_cannot_do_fails_the_batch_and_keeps_no_page(
@@ -164,11 +173,11 @@ def test_what_the_device_cannot_do_fails_the_batch_and_keeps_no_page(
 ) -> None:
     prefilled = on_device(checkpoint)
 
-    def broken(_: object) -> None:
-        raise RuntimeError("the copy broke")
+    def broken(*_: object) -> float:
+        raise RuntimeError("the device broke")
 
-    monkeypatch.setattr(torch.cuda.Event, "synchronize", broken)
-    with pytest.raises(RuntimeError, match="the copy broke"):
+    monkeypatch.setattr(cuda_prefill.DeviceClock, "time_of", broken)
+    with pytest.raises(RuntimeError, match="the device broke"):
         prefilled.run(PrefillChunk(sequence_of(prompt_of(9), FORMATS["int8"]), 9))
     assert prefilled.staging.free_pages == NUM_PAGES
     assert not prefilled.blocks

@@ -65,7 +65,9 @@ class CpuBackend:
 
 
 class CpuPrefill:
-    """Prefill on the CPU. Encoding runs on the engine's thread, right after K and V exist and before attention."""
+    """Prefill on the CPU. Encoding runs on the engine's thread, right after K and V exist and before attention. Each
+    layer leaves by itself: to compute one takes longer than a frame costs.
+    """
 
     def __init__(self, model: Qwen3, geometry: KVGeometry, staging: StagingPool) -> None:
         self.model = model
@@ -118,7 +120,7 @@ class CpuPrefill:
                 sequence.error = non_finite(layer_id, chunk.start + first_token + bad_rows[0])
                 return
             first_block = (chunk.start + first_token) // sequence.format.tokens_per_block
-            observer.blocks_encoded(EncodedBlocks(sequence, layer_id, first_block, num_blocks, page, payload))
+            observer.blocks_encoded(EncodedBlocks(sequence, layer_id, 1, first_block, num_blocks, page, payload))
 
     def _frames(self, fmt: KVFormat, num_tokens: int) -> Iterator[tuple[int, int, int]]:
         """(first token, end token, blocks) of each frame: as many whole blocks as fit into a staging page."""

@@ -29,8 +29,8 @@ CLOSE_S = 5.0  # a GPU that hangs is not to keep the process
 class Placed:
     """Where the blocks in a page belong."""
 
-    layer_id: int
-    slots: np.ndarray  # int32
+    layers: range
+    slots: np.ndarray  # int32, of each of the layers
     offset: int  # bytes into each slot
     block_bytes: int  # of these heads
 
@@ -120,15 +120,16 @@ class CudaLanding:
 
     def _copy(self, job: Copy) -> None:
         placed = job.placed
-        num_bytes = len(placed.slots) * placed.block_bytes
+        num_layers = len(placed.layers)
+        num_bytes = num_layers * len(placed.slots) * placed.block_bytes
         blocks = self._scratch[:num_bytes]
         blocks.copy_(job.page.memory[:num_bytes], non_blocking=True)
-        blocks = blocks.view(len(placed.slots), placed.block_bytes)
-        layer = self._arena.layer(placed.layer_id)
+        blocks = blocks.view(num_layers, len(placed.slots), placed.block_bytes)
+        layers = self._arena.bytes[placed.layers.start : placed.layers.stop]
+        columns = slice(placed.offset, placed.offset + placed.block_bytes)
         for first, last in runs(placed.slots):
             start = int(placed.slots[first])
-            target = layer[start : start + last - first, placed.offset : placed.offset + placed.block_bytes]
-            target.copy_(blocks[first:last])
+            layers[:, start : start + last - first, columns].copy_(blocks[:, first:last])
         self._stream.synchronize()
         job.page.is_free = True
         job.then()
@@ -160,14 +161,14 @@ class CudaLane:
         return self._pages[self._turn]
 
     def place(
-        self, layer_id: int, slots: np.ndarray, fmt: KVFormat, first_head: int, num_heads: int
+        self, layers: range, slots: np.ndarray, fmt: KVFormat, first_head: int, num_heads: int
     ) -> list[memoryview]:
         if not self.is_free:
             raise LocalError("a LAYER was to be received over one that is still being copied")
         geometry = self._arena.geometry
         offset, size = geometry.block_bytes(fmt, first_head), geometry.block_bytes(fmt, num_heads)
-        self._placed = Placed(layer_id, slots, offset, size)
-        return [self._page.memory.numpy().data[: len(slots) * size]]
+        self._placed = Placed(layers, slots, offset, size)
+        return [self._page.memory.numpy().data[: len(layers) * len(slots) * size]]
 
     def store(self) -> None:
         page = self._page

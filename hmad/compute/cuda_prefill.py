@@ -1,9 +1,9 @@
 """Prefill on a CUDA device: layers on one stream, their KV encoded and copied out on another.
 
 The compute stream never waits for the wire: after each layer's K and V it records an event and goes on. The side stream
-packs them into blocks and copies the blocks into pinned staging pages; a thread waits for these copies and hands the
-pages on, a shipment at a time: so many layers that they are worth waking the threads that send them. When all pages
-are on the wire, launching stops until one comes back: prefill slows down, memory does not grow.
+packs them into blocks and copies the blocks into pinned staging pages, layer behind layer until a page is full; a
+thread waits for the full ones and hands them on, a frame each. When all pages are on the wire, launching stops until
+one comes back: prefill slows down, memory does not grow.
 """
 
 import threading
@@ -42,13 +42,9 @@ from hmad.facts.formats import KVFormat, KVGeometry
 from hmad.facts.sampling import SampledToken, SamplingParams
 from hmad_kernels.triton_pack import pack_blocks
 
-# Of K and V as the model makes them. A shipment wakes thread after thread, and each wants Python's lock from the one
-# that launches; but what is gathered when the last layer ends is exposed.
-SHIPMENT_BYTES = 8 << 20
-
 
 @dataclass(frozen=True)
-class Frame:
+class BlockRun:
     """A run of a sequence's blocks in the packed output of one format, and the batch's rows that they hold."""
 
     sequence: PrefillSequence
@@ -59,8 +55,12 @@ class Frame:
     num_blocks: int
 
     @property
-    def end_row(self) -> int:
-        return self.first_row + self.num_rows
+    def rows(self) -> slice:
+        return slice(self.first_row, self.first_row + self.num_rows)
+
+    @property
+    def packed(self) -> slice:
+        return slice(self.first_packed, self.first_packed + self.num_blocks)
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class FormatPlan:
     format: KVFormat
     blocks: Tensor  # int32 [num_blocks, 2] on the device: first row, number of rows
     packed: Tensor  # uint8 [num_blocks, block_bytes] on the device: of one layer after the other
-    frames: tuple[Frame, ...]
+    runs: tuple[BlockRun, ...]
 
 
 @dataclass(frozen=True)
@@ -80,24 +80,28 @@ class PackedLayer:
     layer_id: int
     started: torch.cuda.Event
     kv_ready: torch.cuda.Event
-    bad_rows: np.ndarray  # uint8 [rows of the batch], as the kernel writes them
 
 
-@dataclass(frozen=True)
-class CopiedFrame:
-    """A frame of the packed layer before it, and the page that it is copied to."""
+@dataclass
+class FilledPage:
+    """A run of blocks, of one layer behind the other, in a staging page."""
 
-    frame: Frame
+    run: BlockRun
     format: KVFormat
     page: int
+    first_layer: int
+    num_layers: int = 0
+
+    @property
+    def layers(self) -> slice:
+        return slice(self.first_layer, self.first_layer + self.num_layers)
 
 
 @dataclass(frozen=True)
 class Shipment:
-    """Layers, each followed by its frames, all of it there after ``done``. One that pages ran out in goes on in the
-    next."""
+    """Layers and pages that are there after ``done``, every page behind its layers."""
 
-    parts: list[PackedLayer | CopiedFrame]
+    parts: list[PackedLayer | FilledPage]
     done: torch.cuda.Event
 
 
@@ -110,7 +114,6 @@ class CudaPrefill:
         self.model = model
         self.geometry = geometry
         self.staging = staging
-        self.bytes_per_row = KVHistory.bytes_per_token(geometry, model.dtype) // geometry.num_layers  # of one layer
         self._device = model.device
         self.compute_stream = torch.cuda.Stream(self._device)
         self.side_stream = torch.cuda.Stream(self._device)
@@ -190,11 +193,11 @@ class Batch:
         self._plans = plan_formats(self.packed, device.staging.page_bytes, device.geometry, place)
         num_rows = len(self.token_ids)
         self._bad_rows = pinned((device.geometry.num_layers, -(-num_rows // ALIGN_BYTES) * ALIGN_BYTES), torch.uint8)
-        self._layers_per_shipment = -(-SHIPMENT_BYTES // (num_rows * device.bytes_per_row))
         self._runs = plan_attention(self.packed, place)
         self._started = torch.cuda.Event(enable_timing=True)
         self._packed: torch.cuda.Event | None = None  # of the layer before
-        self._shipper = Shipper(device, observer, clock_of(device.compute_stream))
+        self._filling: dict[BlockRun, FilledPage] = {}  # pages with room for another layer
+        self._shipper = Shipper(device, observer, clock_of(device.compute_stream), self._bad_rows.numpy())
 
     def layer_begins(self, layer_id: int) -> None:
         self._started = torch.cuda.Event(enable_timing=True)
@@ -207,11 +210,12 @@ class Batch:
         return self._attend(layer_id, q, k, v)
 
     def ship_rest(self) -> None:
-        """Wait until the last layer's pages are handed on."""
+        """Wait until the last page is handed on."""
+        self._close_pages()
         self._shipper.finish()
 
     def _ship(self, layer_id: int, k: Tensor, v: Tensor) -> None:
-        """Encode this layer's blocks on the side stream and copy them into staging pages, a frame's worth each."""
+        """Encode this layer's blocks on the side stream, copy them into staging pages, and send off what is full."""
         kv_ready = torch.cuda.Event(enable_timing=True)
         kv_ready.record()
         if self._packed is not None:  # the layer before last: its K and V may be overwritten by the next layer
@@ -224,28 +228,44 @@ class Batch:
                 pack_blocks(plan.format.name, k, v, plan.blocks, plan.packed, bad_rows)
             self._packed = torch.cuda.Event()
             self._packed.record()
-            self._shipper.add(PackedLayer(layer_id, self._started, kv_ready, bad_rows.numpy()))
+            self._shipper.add(PackedLayer(layer_id, self._started, kv_ready))
             for plan in self._plans:
-                for frame in plan.frames:
-                    if not (frame.sequence.cancelled or frame.sequence.error):
-                        self._copy(plan, frame)
-        num_packed = layer_id + 1
-        if num_packed % self._layers_per_shipment == 0 or num_packed == self._prefill.geometry.num_layers:
+                for run in plan.runs:
+                    if not (run.sequence.cancelled or run.sequence.error):
+                        self._copy(plan, run, layer_id)
+        if layer_id == self._prefill.geometry.num_layers - 1:
+            self._close_pages()
+        if self._shipper.has_pages or not self._filling:
             self._shipper.send_off()
         # The allocator is not to give K and V, which the compute stream made, to anyone before the side stream has read
         # them.
         for tensor in (k, v):
             tensor.record_stream(side)
 
-    def _copy(self, plan: FormatPlan, frame: Frame) -> None:
-        """One frame into a page; waits for a page while all are on the wire."""
-        blocks = plan.packed[frame.first_packed : frame.first_packed + frame.num_blocks].view(-1)
-        staging = self._prefill.staging
-        if not staging.free_pages:  # what would come back is not to wait for us
+    def _copy(self, plan: FormatPlan, run: BlockRun, layer_id: int) -> None:
+        """One layer's run into its page, behind the layers before."""
+        staging, blocks = self._prefill.staging, plan.packed[run.packed].view(-1)
+        filled = self._filling.get(run)
+        if filled is None:
+            filled = self._filling[run] = FilledPage(run, plan.format, self._acquire(), layer_id)
+        start = filled.num_layers * len(blocks)
+        staging.memory[filled.page, start : start + len(blocks)].copy_(blocks, non_blocking=True)
+        filled.num_layers += 1
+        if start + 2 * len(blocks) > staging.page_bytes:
+            self._shipper.add(self._filling.pop(run))
+
+    def _acquire(self) -> int:
+        """A page; waits for one while all are on the wire, where then all must be that have anything in them."""
+        if not self._prefill.staging.free_pages:
+            self._close_pages()
             self._shipper.send_off()
-        page = staging.acquire()
-        staging.memory[page, : len(blocks)].copy_(blocks, non_blocking=True)
-        self._shipper.add(CopiedFrame(frame, plan.format, page))
+        return self._prefill.staging.acquire()
+
+    def _close_pages(self) -> None:
+        """Nothing more comes into pages that are not full."""
+        for filled in self._filling.values():
+            self._shipper.add(filled)
+        self._filling.clear()
 
     def _attend(self, layer_id: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         outs = [self._attend_run(layer_id, run, q[run.rows], k[run.rows], v[run.rows]) for run in self._runs]
@@ -261,26 +281,34 @@ class Batch:
 
 
 class Shipper:
-    """Gathers one batch's layers and frames to shipments, for a thread that waits for each and hands its pages to the
-    observer."""
+    """Gathers one batch's layers and pages to shipments, for a thread that waits for each and hands its pages to the
+    observer. A shipment wakes thread after thread, and each wants Python's lock from the one that launches.
+    """
 
-    def __init__(self, device: CudaPrefill, observer: PrefillObserver, clock: "DeviceClock") -> None:
+    def __init__(
+        self, device: CudaPrefill, observer: PrefillObserver, clock: "DeviceClock", bad_rows: np.ndarray
+    ) -> None:
+        """``bad_rows`` uint8 [num_layers, rows of the batch] is what the kernels write."""
         self._staging = device.staging
         self._geometry = device.geometry
         self._side_stream = device.side_stream
         self._observer = observer
         self._clock = clock
-        self._gathered: list[PackedLayer | CopiedFrame] = []
+        self._bad_rows = bad_rows
+        self._gathered: list[PackedLayer | FilledPage] = []
         self._shipments: SimpleQueue[Shipment | None] = SimpleQueue()
-        self._layer_id = 0
-        self._bad_rows = np.empty(0, np.int64)
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="shipper", daemon=True)
         self._thread.start()
 
-    def add(self, part: PackedLayer | CopiedFrame) -> None:
+    def add(self, part: PackedLayer | FilledPage) -> None:
         """Part of the next shipment: the side stream has been asked for it."""
         self._gathered.append(part)
+
+    @property
+    def has_pages(self) -> bool:
+        """Whether the next shipment has any."""
+        return any(isinstance(part, FilledPage) for part in self._gathered)
 
     def send_off(self) -> None:
         """Make a shipment of what is gathered."""
@@ -304,37 +332,42 @@ class Shipper:
         while (shipment := self._shipments.get()) is not None:
             self._try(shipment.done.synchronize)
             for part in shipment.parts:
-                self._try(self._begin if isinstance(part, PackedLayer) else self._hand_on, part)
+                self._try(self._tell if isinstance(part, PackedLayer) else self._hand_on, part)
 
-    def _try(self, do: Callable[..., None], *arguments: PackedLayer | CopiedFrame) -> None:
+    def _try(self, do: Callable[..., None], *arguments: PackedLayer | FilledPage) -> None:
         """What the device raises fails the batch, when it ends."""
         try:
             do(*arguments)
         except Exception as error:
             self._failure = self._failure or error
 
-    def _begin(self, layer: PackedLayer) -> None:
+    def _tell(self, layer: PackedLayer) -> None:
         started_s, kv_ready_s = self._clock.time_of(layer.started), self._clock.time_of(layer.kv_ready)
         self._observer.layer_computed(LayerClock(layer.layer_id, started_s, kv_ready_s))
-        self._layer_id = layer.layer_id
-        self._bad_rows = np.flatnonzero(layer.bad_rows)
 
-    def _hand_on(self, copied: CopiedFrame) -> None:
-        frame, sequence = copied.frame, copied.frame.sequence
-        bad = self._bad_rows[(self._bad_rows >= frame.first_row) & (self._bad_rows < frame.end_row)]
-        if len(bad):
-            position = frame.first_position + int(bad[0]) - frame.first_row
-            sequence.error = sequence.error or non_finite(self._layer_id, position)
+    def _hand_on(self, filled: FilledPage) -> None:
+        run, sequence = filled.run, filled.run.sequence
+        bad = self._bad_rows[filled.layers, run.rows]
+        if bad.any():
+            layer, row = np.argwhere(bad)[0].tolist()
+            sequence.error = sequence.error or non_finite(filled.first_layer + layer, run.first_position + row)
         if self._failure or sequence.cancelled or sequence.error:
-            self._staging.release(copied.page)
+            self._staging.release(filled.page)
         else:
-            self._observer.blocks_encoded(self._encoded(copied))
+            self._observer.blocks_encoded(self._encoded(filled))
 
-    def _encoded(self, copied: CopiedFrame) -> EncodedBlocks:
-        frame = copied.frame
-        payload = self._staging.page(copied.page)[: frame.num_blocks * self._geometry.block_bytes(copied.format)]
-        first_block = frame.first_position // copied.format.tokens_per_block
-        return EncodedBlocks(frame.sequence, self._layer_id, first_block, frame.num_blocks, copied.page, payload)
+    def _encoded(self, filled: FilledPage) -> EncodedBlocks:
+        run, fmt = filled.run, filled.format
+        num_bytes = filled.num_layers * run.num_blocks * self._geometry.block_bytes(fmt)
+        return EncodedBlocks(
+            run.sequence,
+            filled.first_layer,
+            filled.num_layers,
+            run.first_position // fmt.tokens_per_block,
+            run.num_blocks,
+            filled.page,
+            self._staging.page(filled.page)[:num_bytes],
+        )
 
 
 @dataclass(frozen=True)
@@ -382,29 +415,29 @@ def attention_run(group: Sequence[tuple[PrefillChunk, slice]], device: torch.dev
 
 
 def plan_formats(packed: PackedChunks, page_bytes: int, geometry: KVGeometry, device: torch.device) -> list[FormatPlan]:
-    """Which blocks each format's launch makes of a batch, and into which frames they go."""
+    """Which blocks each format's launch makes of a batch, and which runs of them go into a page together."""
     plans = []
     for fmt in dict.fromkeys(c.sequence.format for c, _ in packed):
         if fmt is None:
             continue
-        frames: list[Frame] = []
+        runs: list[BlockRun] = []
         blocks: list[tuple[int, int]] = []
-        frame_tokens = page_bytes // geometry.block_bytes(fmt) * fmt.tokens_per_block
+        run_tokens = page_bytes // geometry.block_bytes(fmt) * fmt.tokens_per_block
         for chunk, rows in packed:
             if chunk.sequence.format is not fmt:
                 continue
-            for first in range(rows.start, rows.stop, frame_tokens):
-                num_rows = min(frame_tokens, rows.stop - first)
+            for first in range(rows.start, rows.stop, run_tokens):
+                num_rows = min(run_tokens, rows.stop - first)
                 position = chunk.start + first - rows.start
                 num_blocks = fmt.num_blocks(num_rows)
-                frames.append(Frame(chunk.sequence, first, num_rows, position, len(blocks), num_blocks))
+                runs.append(BlockRun(chunk.sequence, first, num_rows, position, len(blocks), num_blocks))
                 blocks += [
                     (first + start, min(fmt.tokens_per_block, num_rows - start))
                     for start in range(0, num_rows, fmt.tokens_per_block)
                 ]
         packed_blocks = torch.empty((len(blocks), geometry.block_bytes(fmt)), dtype=torch.uint8, device=device)
         on_device = torch.tensor(blocks, dtype=torch.int32).to(device)
-        plans.append(FormatPlan(fmt, on_device, packed_blocks, tuple(frames)))
+        plans.append(FormatPlan(fmt, on_device, packed_blocks, tuple(runs)))
     return plans
 
 

@@ -77,14 +77,16 @@ class KVHistory:
 
 @dataclass(frozen=True)
 class EncodedBlocks:
-    """Blocks [first_block, first_block + num_blocks) of one layer, encoded, in a staging page."""
+    """Blocks [first_block, first_block + num_blocks) of a run of layers, one after the other, encoded, in a staging
+    page."""
 
     sequence: PrefillSequence
-    layer_id: int
+    first_layer: int
+    num_layers: int
     first_block: int
     num_blocks: int
     page: int
-    payload: np.ndarray  # uint8 [num_blocks * block_bytes], the page's memory
+    payload: np.ndarray  # uint8 [num_layers * num_blocks * block_bytes], the page's memory
 
 
 @dataclass(frozen=True)

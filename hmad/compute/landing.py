@@ -17,9 +17,11 @@ class Lane(Protocol):
         """Whether the next LAYER has room. If not, ``when_free`` is called once it has, and perhaps before."""
 
     def place(
-        self, layer_id: int, slots: np.ndarray, fmt: KVFormat, first_head: int, num_heads: int
+        self, layers: range, slots: np.ndarray, fmt: KVFormat, first_head: int, num_heads: int
     ) -> list[memoryview]:
-        """Where the bytes of these blocks and heads are to be received, in wire order. LocalError unless it is free."""
+        """Where the bytes of these layers, blocks and heads are to be received, in wire order. LocalError unless it is
+        free.
+        """
 
     def store(self) -> None:
         """What was received into the last ``place`` is verified: bring it to its slots."""
@@ -69,14 +71,14 @@ class HostLane:
         self._bytes = arena.bytes.numpy().data.cast("B")
 
     def place(
-        self, layer_id: int, slots: np.ndarray, fmt: KVFormat, first_head: int, num_heads: int
+        self, layers: range, slots: np.ndarray, fmt: KVFormat, first_head: int, num_heads: int
     ) -> list[memoryview]:
         """The arena's own memory: one view per contiguous run."""
         geometry = self._arena.geometry
         stride = geometry.slot_bytes
         offset, size = geometry.block_bytes(fmt, first_head), geometry.block_bytes(fmt, num_heads)
-        base = layer_id * self._arena.num_slots * stride + offset
-        starts = [base + slot * stride for slot in slots.tolist()]
+        in_layer, layer_bytes = [offset + slot * stride for slot in slots.tolist()], self._arena.num_slots * stride
+        starts = [layer_id * layer_bytes + start for layer_id in layers for start in in_layer]
         return [self._bytes[start:end] for start, end in merge_runs(starts, size)]
 
     def store(self) -> None:

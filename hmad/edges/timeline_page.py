@@ -5,9 +5,10 @@ node had to wait for it (docs/design.md section 8).
 """
 
 from html import escape
+from itertools import groupby
 
 from hmad.edges.pages import NOTHING, document, millis, size, table, tiles
-from hmad.facts.timeline import Timeline
+from hmad.facts.timeline import Timeline, name_of
 
 WIDTH, MARGIN, LANE, GAP, TOP = 1000, 8, 56, 26, 34  # of the drawing, in its own units
 MIN_LABEL = 16  # a narrower bar has no room for its number
@@ -109,19 +110,24 @@ def compute_bars(timeline: Timeline, scale: Scale) -> list[str]:
 
 
 def wire_bars(timeline: Timeline, scale: Scale, first_token_s: float) -> list[str]:
-    """One bar for each layer's way; what is right of the first token is another colour."""
+    """One bar for each layer's way, or for that of layers that went together; what is right of the first token is
+    another colour."""
     bars = []
-    for layer_id, layer in timeline.layers.items():
-        if layer.sent_s is None or layer.verified_s is None:
+    ways = groupby(sorted(timeline.layers.items()), lambda item: (item[1].sent_s, item[1].verified_s))
+    for number, ((sent_s, verified_s), layers) in enumerate(ways):
+        if sent_s is None or verified_s is None:
             continue
-        title = f"layer {layer_id}: {size(layer.wire_bytes)} in {millis(layer.verified_s - layer.sent_s)}"
-        fill = "wire" if layer_id % 2 else "wire2"
-        if layer.sent_s < first_token_s:
-            end_s = min(layer.verified_s, first_token_s)
-            bars.append(scale.bar(WIRE_Y, layer.sent_s, end_s, fill, title, str(layer_id)))
-        if layer.verified_s > first_token_s:
-            begin_s = max(layer.sent_s, first_token_s)
-            bars.append(scale.bar(WIRE_Y, begin_s, layer.verified_s, "exposed", f"{title}, exposed", str(layer_id)))
+        together = dict(layers)
+        name = name_of(min(together), len(together))
+        num_bytes = sum(layer.wire_bytes for layer in together.values())
+        title = f"{name}: {size(num_bytes)} in {millis(verified_s - sent_s)}"
+        label = name.split(maxsplit=1)[1]
+        fill = "wire" if number % 2 else "wire2"
+        if sent_s < first_token_s:
+            bars.append(scale.bar(WIRE_Y, sent_s, min(verified_s, first_token_s), fill, title, label))
+        if verified_s > first_token_s:
+            begin_s = max(sent_s, first_token_s)
+            bars.append(scale.bar(WIRE_Y, begin_s, verified_s, "exposed", f"{title}, exposed", label))
     return bars
 
 

@@ -8,7 +8,7 @@ what the decode node saw is shifted by the estimated offset of its clock.
 from collections.abc import Iterator
 from typing import Any
 
-from hmad.facts.timeline import Timeline
+from hmad.facts.timeline import Timeline, name_of
 
 PREFILL, DECODE = 1, 2  # pid
 REQUEST, COMPUTE, ENCODE, WIRE, LANDING, TOKENS = range(1, 7)  # tid
@@ -70,8 +70,9 @@ def _compute(timeline: Timeline) -> Iterator[dict[str, Any]]:
 
 def _frames(timeline: Timeline) -> Iterator[dict[str, Any]]:
     for frame in timeline.spans.frames:
-        name = f"layer {frame.layer_id}, blocks {frame.first_block}..{frame.first_block + frame.num_blocks - 1}"
-        args = {"layer": frame.layer_id, "bytes": frame.num_bytes}
+        blocks = f"{frame.first_block}..{frame.first_block + frame.num_blocks - 1}"
+        name = f"{name_of(frame.first_layer, frame.num_layers)}, blocks {blocks}"
+        args = {"layer": frame.first_layer, "layers": frame.num_layers, "bytes": frame.num_bytes}
         yield from _span(timeline, name, PREFILL, ENCODE, frame.encoded_s, frame.sent_s, **args)
         yield from _span(timeline, name, PREFILL, WIRE, frame.sent_s, frame.copied_s, **args)
         yield from _span(timeline, name, DECODE, LANDING, frame.sent_s, frame.verified_s, **args)

@@ -9,6 +9,11 @@ from dataclasses import dataclass, field
 MAX_SPANS = 4096  # of each kind in one request: a very long prompt's later ones are left out
 
 
+def name_of(first_layer: int, num_layers: int) -> str:
+    """A run of layers in words."""
+    return f"layer {first_layer}" if num_layers == 1 else f"layers {first_layer}..{first_layer + num_layers - 1}"
+
+
 @dataclass
 class ComputeSpan:
     """One layer of one chunk."""
@@ -23,7 +28,8 @@ class ComputeSpan:
 class FrameSpan:
     """One frame of KV on its way: encoded, first byte sent, copied by the kernel, landed, verified."""
 
-    layer_id: int
+    first_layer: int
+    num_layers: int
     first_block: int
     num_blocks: int
     num_bytes: int
@@ -32,6 +38,10 @@ class FrameSpan:
     copied_s: float | None = None
     landed_s: float | None = None
     verified_s: float | None = None
+
+    @property
+    def layers(self) -> range:
+        return range(self.first_layer, self.first_layer + self.num_layers)
 
 
 @dataclass
@@ -95,6 +105,18 @@ class Timeline:
     layers: dict[int, LayerTimes] = field(default_factory=dict)
     clock_offset_s: float | None = None  # of the decode node's clock against ours, as estimated
     spans: Spans = field(default_factory=Spans)
+
+    def frame_sent(self, frame: FrameSpan) -> None:
+        """A frame's first byte has left: its bytes are as many of each of its layers."""
+        for layer_id in frame.layers:
+            times = self.layers[layer_id]
+            times.sent_s = times.sent_s or frame.sent_s
+            times.wire_bytes += frame.num_bytes // frame.num_layers
+
+    def frame_landed(self, layers: range, landed_s: float, verified_s: float) -> None:
+        """A frame of these layers is in the decode node's memory, and right."""
+        for layer_id in layers:
+            self.layers[layer_id].landed_s, self.layers[layer_id].verified_s = landed_s, verified_s
 
     @property
     def wire_s(self) -> float | None:

@@ -170,11 +170,11 @@ class DecodeRole:
         """Where these blocks and heads are to be received."""
         holding = self._holdings[transfer]
         slots = holding.raw_slots[layer.first_block : layer.first_block + layer.num_blocks]
-        size = len(slots) * self.arena.geometry.block_bytes(holding.format, layer.num_heads)
+        size = layer.num_layers * len(slots) * self.arena.geometry.block_bytes(holding.format, layer.num_heads)
         holding.num_bytes += size
         holding.landing_since_s = holding.landing_since_s or time.monotonic()
         self._counters.received(holding.session.agreement.peer_node_id, size)
-        return lane.place(layer.layer, slots, holding.format, layer.first_head, layer.num_heads)
+        return lane.place(layer.layers, slots, holding.format, layer.first_head, layer.num_heads)
 
     def ready(self, session: DecodeSession, transfer: DecodeTransfer, commit: Commit) -> None:
         """Every layer is here and verified: the choices join the running batch as soon as all of it is in its slots."""

@@ -267,7 +267,14 @@ class PrefillRole:
 
         placement = self._placements.get(blocks.sequence)
         staged = StagedBlocks(
-            blocks.layer_id, blocks.first_block, blocks.num_blocks, blocks.payload.data, digest, encoded_s, release
+            blocks.first_layer,
+            blocks.num_layers,
+            blocks.first_block,
+            blocks.num_blocks,
+            blocks.payload.data,
+            digest,
+            encoded_s,
+            release,
         )
         if placement is None:
             release()

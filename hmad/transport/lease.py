@@ -40,9 +40,11 @@ class Denied(RemoteError):
 
 @dataclass(frozen=True)
 class StagedBlocks:
-    """Encoded blocks in staging. ``release`` gives their memory back: called once, when nobody reads it any more."""
+    """Encoded blocks of a run of layers in staging, as they go into one LAYER. ``release`` gives their memory back:
+    called once, when nobody reads it any more."""
 
-    layer_id: int
+    first_layer: int
+    num_layers: int
     first_block: int
     num_blocks: int
     payload: memoryview
@@ -99,7 +101,7 @@ class Lease:
         self.peer_name = session.peer_name
         self._session = session
         self._timeline = timeline
-        self._pages: dict[tuple[int, int], _Page] = {}  # by (layer, first block), until LANDED
+        self._pages: dict[tuple[int, int], _Page] = {}  # by (first layer, first block), until LANDED
         self._num_queued = 0  # LAYERs that have not begun to leave
         self._choices: tuple[Choice, ...] | None = None  # to commit once the last LAYER has begun to leave
         self._gone = False  # the decode node has sent its terminal frame, or the session is lost
@@ -120,15 +122,15 @@ class Lease:
         if self._over:
             blocks.release()
             return
-        span = self._timeline.spans.frame(
-            FrameSpan(blocks.layer_id, blocks.first_block, blocks.num_blocks, blocks.payload.nbytes, blocks.encoded_s)
-        )
-        page = self._pages[blocks.layer_id, blocks.first_block] = _Page(blocks, span)
+        extent = (blocks.first_layer, blocks.num_layers, blocks.first_block, blocks.num_blocks)
+        span = self._timeline.spans.frame(FrameSpan(*extent, blocks.payload.nbytes, blocks.encoded_s))
+        page = self._pages[blocks.first_layer, blocks.first_block] = _Page(blocks, span)
         self._num_queued += 1
         message = Layer(
             transfer_id=self.transfer_id,
             epoch=self.epoch,
-            layer=blocks.layer_id,
+            first_layer=blocks.first_layer,
+            num_layers=blocks.num_layers,
             first_block=blocks.first_block,
             num_blocks=blocks.num_blocks,
             first_head=0,
@@ -183,16 +185,16 @@ class Lease:
 
     def landed(self, landed: Landed) -> None:
         """D has verified a LAYER: its page is free, and D's clock says when its last byte came."""
-        page = self._pages.get((landed.layer, landed.first_block))
+        page = self._pages.get((landed.first_layer, landed.first_block))
         if page is not None:
             self._settle(page)  # D's answer may overtake the sender's report
         self._session.transfers.landed(landed)
-        times = self._timeline.layers[landed.layer]
-        times.landed_s = self._session.clock.to_ours(landed.landed_s)
-        times.verified_s = self._session.clock.to_ours(landed.verified_s)
+        landed_s = self._session.clock.to_ours(landed.landed_s)
+        verified_s = self._session.clock.to_ours(landed.verified_s)
+        self._timeline.frame_landed(landed.layers, landed_s, verified_s)
         if page is not None:
-            del self._pages[landed.layer, landed.first_block]
-            page.span.landed_s, page.span.verified_s = times.landed_s, times.verified_s
+            del self._pages[landed.first_layer, landed.first_block]
+            page.span.landed_s, page.span.verified_s = landed_s, verified_s
             page.unwanted = True
             page.release_if_free()
 
@@ -248,10 +250,8 @@ class Lease:
         page.begun = True
         self._num_queued -= 1
         self._session.transfers.layer_sent(page.layer.message)
-        times = self._timeline.layers[page.blocks.layer_id]
         page.span.sent_s = page.layer.begun_s
-        times.sent_s = times.sent_s or page.span.sent_s
-        times.wire_bytes += page.blocks.payload.nbytes
+        self._timeline.frame_sent(page.span)
 
     def _commit_if_due(self) -> None:
         """COMMIT counts the LAYERs, so it waits for the last to begin; it overtakes its bytes on the other channel."""

@@ -34,10 +34,12 @@ class Lease:
         return (1 << self.cells_per_layer) - 1
 
     def cells(self, layer: Layer) -> int:
-        """Mask of the cells a LAYER fills: bit ``block * num_heads + head``. RemoteProtocolError outside the lease."""
+        """Mask of the cells that a LAYER fills in each of its layers: bit ``block * num_heads + head``.
+        RemoteProtocolError outside the lease."""
         first_head = layer.first_head - self.first_head
-        if layer.layer >= self.num_layers:
-            raise RemoteProtocolError(f"LAYER names layer {layer.layer} of {self.num_layers}")
+        if layer.first_layer + layer.num_layers > self.num_layers:
+            layers = f"{layer.first_layer} to {layer.first_layer + layer.num_layers - 1}"
+            raise RemoteProtocolError(f"LAYER names layers {layers}, the lease has {self.num_layers}")
         if layer.first_block + layer.num_blocks > self.num_blocks:
             blocks = f"{layer.first_block} to {layer.first_block + layer.num_blocks - 1}"
             raise RemoteProtocolError(f"LAYER names blocks {blocks}, the lease has {self.num_blocks}")
@@ -108,12 +110,13 @@ class DecodeTransfer(Transfer):
     def cover(self, layer: Layer, payload_len: int) -> None:
         """Mark the cells of a LAYER as filled, once each."""
         cells = self.lease.cells(layer)
-        expected = layer.num_blocks * layer.num_heads * self.lease.cell_bytes
+        expected = layer.num_layers * layer.num_blocks * layer.num_heads * self.lease.cell_bytes
         if payload_len != expected:
-            raise RemoteProtocolError(f"LAYER has {payload_len} bytes, its blocks and heads have {expected}")
-        if self.covered[layer.layer] & cells:
+            raise RemoteProtocolError(f"LAYER has {payload_len} bytes, its layers, blocks and heads have {expected}")
+        if any(self.covered[layer_id] & cells for layer_id in layer.layers):
             raise RemoteProtocolError(f"{self}: LAYER {layer_key(layer)} covers blocks that came before")
-        self.covered[layer.layer] |= cells
+        for layer_id in layer.layers:
+            self.covered[layer_id] |= cells
         self.digests[layer_key(layer)] = layer.digest
 
     def check_integrity(self) -> None:

@@ -156,7 +156,8 @@ class DecodeTransfers:
         landed = Landed(
             transfer_id=layer.transfer_id,
             epoch=layer.epoch,
-            layer=layer.layer,
+            first_layer=layer.first_layer,
+            num_layers=layer.num_layers,
             first_block=layer.first_block,
             num_blocks=layer.num_blocks,
             first_head=layer.first_head,

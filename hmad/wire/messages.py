@@ -203,31 +203,35 @@ class Descriptor(Message, frozen=True):
     length: U63
 
 
-class Layer(Message, frozen=True):
-    """One layer's blocks [first_block, first_block + num_blocks) of heads [first_head, first_head + num_heads)."""
+class KVRange(Message, frozen=True):
+    """Part of a transfer: ``num_layers`` layers from ``first_layer`` on, of each of them ``num_blocks`` blocks from
+    ``first_block`` on, of each of these ``num_heads`` heads from ``first_head`` on."""
 
     transfer_id: Id
     epoch: U32
-    layer: U16
+    first_layer: U16
+    num_layers: Annotated[int, Meta(ge=1, le=4096)]
     first_block: U31
     num_blocks: Positive
     first_head: U16
     num_heads: Annotated[int, Meta(ge=1, le=4096)]
+
+    @property
+    def layers(self) -> range:
+        return range(self.first_layer, self.first_layer + self.num_layers)
+
+
+class Layer(KVRange, frozen=True):
+    """These blocks, one layer after the other."""
+
     digest: Digest
     via: Via = Via.INLINE
     descriptor: Descriptor | None = None
 
 
-class Landed(Message, frozen=True):
+class Landed(KVRange, frozen=True):
     """A LAYER is in its slots: when its last byte came and when its digest was verified, by D's clock."""
 
-    transfer_id: Id
-    epoch: U32
-    layer: U16
-    first_block: U31
-    num_blocks: Positive
-    first_head: U16
-    num_heads: Annotated[int, Meta(ge=1, le=4096)]
     landed_s: Seconds
     verified_s: Seconds
 

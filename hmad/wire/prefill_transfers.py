@@ -14,6 +14,7 @@ from hmad.wire.messages import (
     Deny,
     FrameType,
     Grant,
+    KVRange,
     Landed,
     Layer,
     Reserve,
@@ -42,7 +43,7 @@ class PrefillTransfer(Transfer):
 
     max_tokens: int
     digests: dict[LayerKey, bytes] = field(default_factory=dict)  # of every LAYER sent or begun
-    in_flight: dict[LayerKey, tuple[int, int]] = field(default_factory=dict)  # not landed: number of blocks, of heads
+    in_flight: dict[LayerKey, tuple[int, int, int]] = field(default_factory=dict)  # not landed: layers, blocks, heads
 
     def token_fault(self, entry: TokenEntry) -> str | None:
         if entry.token_id is not None and entry.index >= self.max_tokens:
@@ -91,14 +92,14 @@ class PrefillTransfers:
         if key in transfer.digests or layer.epoch != transfer.epoch:
             raise LocalProtocolError(f"{transfer}: LAYER {key} of epoch {layer.epoch} is sent twice or too late")
         transfer.digests[key] = layer.digest
-        transfer.in_flight[key] = (layer.num_blocks, layer.num_heads)
+        transfer.in_flight[key] = _extent(layer)
 
     def landed(self, message: Landed) -> PrefillTransfer:
         """D has a LAYER in its slots."""
         transfer = self._peers(message)
         transfer.receive(FrameType.LANDED)
         key = layer_key(message)
-        if transfer.in_flight.get(key) != (message.num_blocks, message.num_heads):
+        if transfer.in_flight.get(key) != _extent(message):
             raise RemoteProtocolError(f"{transfer}: LANDED {key} matches no LAYER on its way")
         del transfer.in_flight[key]
         return transfer
@@ -192,3 +193,7 @@ class PrefillTransfers:
         if message.epoch != transfer.epoch:
             raise RemoteProtocolError(f"{name} for epoch {message.epoch} of {transfer}")
         return transfer
+
+
+def _extent(frame: KVRange) -> tuple[int, int, int]:
+    return (frame.num_layers, frame.num_blocks, frame.num_heads)

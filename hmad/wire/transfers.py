@@ -17,7 +17,7 @@ from typing import ClassVar
 import xxhash
 
 from hmad.facts.errors import LocalProtocolError, RemoteProtocolError
-from hmad.wire.messages import Choice, FinishReason, FrameType, Landed, Layer, TokenEntry
+from hmad.wire.messages import Choice, FinishReason, FrameType, KVRange, TokenEntry
 
 # --- The state table ---------------------------------------------------------------------------------------------
 
@@ -145,13 +145,13 @@ def _name(frame: FrameType | str) -> str:
     return frame.name if isinstance(frame, FrameType) else frame
 
 
-LayerKey = tuple[int, int, int]  # layer, first block, first head
+LayerKey = tuple[int, int, int]  # first layer, first block, first head
 
 
-def layer_key(frame: Layer | Landed) -> LayerKey:
-    return (frame.layer, frame.first_block, frame.first_head)
+def layer_key(frame: KVRange) -> LayerKey:
+    return (frame.first_layer, frame.first_block, frame.first_head)
 
 
 def root_digest(digests: Mapping[LayerKey, bytes]) -> bytes:
-    """xxh3-128 over the LAYERs' digests, in the order of layer, first block, first head."""
+    """xxh3-128 over the LAYERs' digests, in the order of first layer, first block, first head."""
     return xxhash.xxh3_128_digest(b"".join(digests[key] for key in sorted(digests)))
