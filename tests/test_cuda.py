@@ -1,26 +1,23 @@
 """The CUDA devices beside the CPU's, whose numerics they share: skipped where there is no GPU."""
 
 import signal
-import threading
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from daemons import DecodeDaemon, PrefillDaemon, needs_gpu, running
 from decoders import PATIENCE_S, Decoder, logits_of, poison_token, prompt_of, relative_error
+from landings import lands_as_on_the_host
 from openai import OpenAI
 from prefilled import Prefilled, sequence_of
 
-from hmad.compute.arena import Arena
 from hmad.compute.codecs import decode
 from hmad.compute.cpu import CpuDecode, CpuPrefill
 from hmad.compute.device import PrefillChunk
-from hmad.compute.landing import HostLane
 from hmad.compute.loading import load_model
 from hmad.compute.staging import StagingPool
-from hmad.facts.errors import LocalError, NonFiniteKVError
+from hmad.facts.errors import NonFiniteKVError
 from hmad.facts.formats import FORMATS, KVFormat, KVGeometry
 from hmad.facts.sampling import SamplingParams
 
@@ -215,43 +212,7 @@ def test_nan_in_a_step_fails_its_sequence_alone() -> None:
 
 
 def test_blocks_land_in_their_slots_through_lanes() -> None:
-    from hmad.compute.cuda_landing import CudaLanding
-
-    arena = Arena(GEOMETRY, NUM_SLOTS * GEOMETRY.num_layers * GEOMETRY.slot_bytes, "cuda")
-    arena.bytes.zero_()
-    expected = Arena(GEOMETRY, NUM_SLOTS * GEOMETRY.num_layers * GEOMETRY.slot_bytes)
-    expected.bytes.zero_()
-    freed = threading.Event()
-    failures: list[Exception] = []
-    landing = CudaLanding(arena, 1 << 20, 4 << 20, failures.append)
-    lanes = [landing.open_lane(freed.set) for _ in range(2)]
-    with pytest.raises(LocalError, match="landing memory for one more bulk channel"):
-        landing.open_lane(freed.set)
-    rng = np.random.default_rng(0)
-    for number in range(60):
-        lane, fmt = lanes[number % 2], list(FORMATS.values())[number % 6]
-        slots = rng.permutation(NUM_SLOTS)[: 1 + number % 30].astype(np.int32)
-        if number % 3:
-            slots.sort()
-        first_head, num_heads = ((0, 2), (1, 1), (0, 1))[number % 3]
-        while not lane.is_free:
-            assert freed.wait(PATIENCE_S)
-            freed.clear()
-        payload = rng.integers(0, 256, len(slots) * GEOMETRY.block_bytes(fmt, num_heads), dtype=np.uint8)
-        for where in (lane, HostLane(expected)):
-            start = 0
-            for view in where.place(number % 6, slots, fmt, first_head, num_heads):
-                view[:] = payload[start : start + len(view)].data
-                start += len(view)
-            where.store()
-    stored = threading.Event()
-    landing.when_stored(stored.set)
-    assert stored.wait(PATIENCE_S)
-    assert torch.equal(arena.bytes.cpu(), expected.bytes)
-    lanes[0].close()
-    landing.when_stored(stored.set)
-    landing.close()
-    assert failures == []
+    lands_as_on_the_host(torch.device("cuda"))
 
 
 # --- whole nodes ---

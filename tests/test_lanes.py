@@ -3,22 +3,23 @@ the GPU that takes its time to empty their pages.
 """
 
 import asyncio
-import math
 import random
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from queue import SimpleQueue
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from landings import lands_as_on_the_host
 from test_transport import BFP8, LIMITS, PATIENCE_S, digest_of, pair, random_kv, send, until
 
+from hmad.compute import cuda_landing
 from hmad.compute.arena import Arena
-from hmad.compute.cuda_landing import Copy, CudaLane, Page
+from hmad.compute.cuda_landing import Copy, CudaLanding, CudaLane, Page
 from hmad.compute.landing import HostLane
 from hmad.facts.errors import LocalError, RemoteError
 from hmad.facts.formats import KVGeometry
@@ -29,39 +30,23 @@ from hmad.wire.messages import Layer
 LAYER_BYTES = 1 << 20
 
 
-class SlowLanding:
-    """What CudaLanding does, copying in the host's memory, some pages at once and some after a while."""
+@pytest.fixture(autouse=True)
+def host_as_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(cuda_landing, "pinned", lambda shape, dtype: torch.zeros(shape, dtype=dtype))
+
+
+class SlowLanding(CudaLanding):
+    """Copies in the host's memory, some pages at once and some after a while."""
 
     def __init__(self, arena: Arena) -> None:
-        self._arena = arena
-        self._jobs: SimpleQueue[Copy | Callable[[], object] | None] = SimpleQueue()
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def open_lane(self, when_free: Callable[[], object]) -> CudaLane:
-        pages = [Page(torch.empty(LAYER_BYTES, dtype=torch.uint8)) for _ in range(2)]
-        return CudaLane(self._arena, pages, self._jobs.put, when_free, lambda pages: None)
-
-    def when_stored(self, then: Callable[[], object]) -> None:
-        self._jobs.put(then)
-
-    def close(self) -> None:
-        self._jobs.put(None)
-
-    def _run(self) -> None:
-        delays = random.Random(0)
-        while (job := self._jobs.get()) is not None:
-            time.sleep(delays.choice((0.0, 0.0001, 0.0005, 0.002)))
-            self._copy(job) if isinstance(job, Copy) else job()
+        self._delays = random.Random(0)
+        super().__init__(arena, LAYER_BYTES, 16 * LAYER_BYTES, lambda error: None)
 
     def _copy(self, job: Copy) -> None:
-        placed = job.placed
-        shape = (len(placed.layers), len(placed.slots), placed.block_bytes)
-        blocks = job.page.memory[: math.prod(shape)].view(shape)
-        columns = slice(placed.offset, placed.offset + placed.block_bytes)
-        for layer_id, each in zip(placed.layers, blocks, strict=True):
-            self._arena.layer(layer_id)[torch.from_numpy(placed.slots).long(), columns] = each
-        job.page.is_free = True
-        job.then()
+        time.sleep(self._delays.choice((0.0, 0.0001, 0.0005, 0.002)))
+        super()._copy(job)
 
 
 @pytest.mark.parametrize("bulks", [1, 3])
@@ -160,6 +145,10 @@ async def test_a_receiver_without_a_thread_says_that_it_has_ended(monkeypatch: p
     async with receiving() as (handler, receiver, _):
         await asyncio.wait_for(asyncio.shield(receiver.ended), PATIENCE_S)
         assert str(handler.error) == "can't start new thread"
+
+
+def test_blocks_land_in_their_slots_through_lanes() -> None:
+    lands_as_on_the_host(torch.device("cpu"))
 
 
 def test_a_lane_that_is_not_free_says_so() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from hmad.compute.arena import Arena
+from hmad.compute.cuda_buffers import pinned
 from hmad.facts.errors import LocalError
 from hmad.facts.formats import KVFormat
 from hmad.facts.logs import get_logger
@@ -89,7 +90,7 @@ class CudaLanding:
 
     def _new_page(self) -> Page:
         try:
-            return Page(torch.empty(self._layer_bytes, dtype=torch.uint8, pin_memory=True))
+            return Page(pinned((self._layer_bytes,), torch.uint8))
         except RuntimeError as error:
             raise LocalError(f"no {self._layer_bytes} bytes of pinned memory for a bulk channel: {error}") from error
 
