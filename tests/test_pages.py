@@ -81,6 +81,25 @@ def test_timeline_page_tells_what_was_hidden_and_what_was_exposed() -> None:
     assert page.count('fill="var(--exposed)"') == 1
 
 
+def test_layers_in_one_frame_are_one_bar() -> None:
+    """As a short prompt's leave a GPU."""
+    told = timeline()
+    frame = FrameSpan(0, 2, 0, 3, 1024, 1.013)
+    told.spans.frames[:] = [frame]
+    told.layers = {layer_id: LayerTimes(1.0, 1.002) for layer_id in range(2)}
+    frame.sent_s = 1.014
+    told.frame_sent(frame)
+    told.frame_landed(frame.layers, 1.0235, 1.024)
+    assert [layer.wire_bytes for layer in told.layers.values()] == [512, 512]
+    page = timeline_page(told)
+    assert page.count('fill="var(--wire') == 1
+    assert page.count('fill="var(--exposed)"') == 1
+    assert "layers 0..1: 1.0 KiB in 10.0 ms" in page
+    assert ">0..1</text>" in page
+    names = {event["name"] for event in chrome_trace(told)["traceEvents"] if event["ph"] == "X"}
+    assert "layers 0..1, blocks 0..2" in names
+
+
 def test_timeline_page_of_a_request_that_broke_early() -> None:
     page = timeline_page(Timeline("ab12", 90, 0.98, 0.99))
     assert "ended before its prompt was computed" in page
