@@ -60,13 +60,19 @@ def check_place(tensors: dict[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, not on {device}")
+    check_aligned(tensors)
+    if not interprets() and device.type != "cuda":
+        raise ValueError(f"Triton kernels run on a GPU, not on {device}")
+
+
+def check_aligned(tensors: dict[str, torch.Tensor]) -> None:
+    """Raise ValueError unless all tensors begin where 128-bit access may."""
+    for name, tensor in tensors.items():
         if tensor.data_ptr() % ALIGN_BYTES:
             raise ValueError(
                 f"{name} {list(tensor.shape)}, strides {tensor.stride()}, must begin at a multiple of "
                 f"{ALIGN_BYTES} bytes"
             )
-    if not interprets() and device.type != "cuda":
-        raise ValueError(f"Triton kernels run on a GPU, not on {device}")
 
 
 def check_pinned(tensors: dict[str, torch.Tensor]) -> None:

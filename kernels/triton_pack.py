@@ -25,6 +25,7 @@ from hmad_kernels.triton_common import (
     TILE_BYTES,
     TOKENS_PER_BLOCK,
     bits_of,
+    check_aligned,
     check_head_dim,
     check_metadata,
     check_pinned,
@@ -114,6 +115,7 @@ def _check(
     check_place({"k": k, "v": v, "blocks": blocks, "out": out})
     if bad_rows.device != k.device:
         check_pinned({"bad_rows": bad_rows})
+    check_aligned({"bad_rows": bad_rows})
     return code
 
 
@@ -132,7 +134,7 @@ def _check_rows(k: torch.Tensor, v: torch.Tensor) -> None:
             )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])  # or a request with another number would wait for the compiler
 def _pack_kernel(
     k, v, blocks, out, bad_rows,
     num_blocks, num_heads,

@@ -311,7 +311,7 @@ def test_a_format_that_the_model_cannot_have_is_told(tmp_path: Path, capsys: pyt
 def test_3_bits_are_left() -> None:
     values = torch.randn(64, 32).bfloat16()
     payload = values.clone().view(torch.uint8).flatten().numpy()
-    coarsen(EncodedBlocks(None, 0, 0, 1, 0, payload), head_dim=32)  # type: ignore[arg-type]
+    coarsen(EncodedBlocks(None, 0, 1, 0, 1, 0, payload), head_dim=32)  # type: ignore[arg-type]
     kept = torch.from_numpy(payload).view(torch.bfloat16).view(64, 32)
     assert max(len(row.unique()) for row in kept) <= 7
     assert (kept - values).abs().amax() <= values.abs().amax() / 6 * 1.02

@@ -73,7 +73,7 @@ class ToldDevice:
         raise NotImplementedError
 
     def prefill(self, chunks: Sequence[PrefillChunk], observer: PrefillObserver) -> PrefillResult:
-        observer.layer_computed(LayerClock(0, 0.0, 0.0))
+        observer.layer_computed(LayerClock(0, time.monotonic(), time.monotonic()))
         assert self.go.wait(HANG_S)
         for chunk in chunks:
             chunk.sequence.num_computed = chunk.end
@@ -103,6 +103,32 @@ def prefill_engine(device: ToldDevice, done: Queue[PrefillDone], **options: Any)
 def stop(engine: Engine) -> None:
     engine.stop()
     assert engine.join(HANG_S)
+
+
+class BurstDevice(ToldDevice):
+    """Tells of all layers at the end, when each took ``LAYER_S``."""
+
+    LAYER_S = 0.01
+    NUM_LAYERS = 36
+
+    def prefill(self, chunks: Sequence[PrefillChunk], observer: PrefillObserver) -> PrefillResult:
+        begin_s = time.monotonic()
+        threading.Event().wait(self.NUM_LAYERS * self.LAYER_S)
+        for layer_id in range(self.NUM_LAYERS):
+            ready_s = begin_s + (layer_id + 1) * self.LAYER_S
+            observer.layer_computed(LayerClock(layer_id, ready_s - self.LAYER_S, ready_s))
+        return super().prefill(chunks, observer)
+
+
+def test_signs_of_progress_in_a_burst_do_not_make_patient() -> None:
+    """Four times 0.36 s for 5 tokens would be 18 s for 64."""
+    device, done = BurstDevice(), Queue[PrefillDone]()
+    engine = prefill_engine(device, done)
+    engine.start()
+    engine.submit(prompt())
+    done.get(timeout=HANG_S)
+    stop(engine)
+    assert engine._patience.limit_s(64) < 9
 
 
 def test_a_hung_prefill_engine_is_noticed_and_forgiven() -> None:

@@ -11,16 +11,19 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from msgspec import structs
 from test_transport import LIMITS, NUM_SLOTS, PATIENCE_S, Decode, frame, linked, pair, random_kv, send, serving, until
 
 from hmad.compute.device import PrefillResult, PrefillSequence
+from hmad.compute.staging import StagingPool
 from hmad.edges import node
 from hmad.edges.metrics import Metrics
 from hmad.edges.notify import Notifier
-from hmad.edges.prefill_node import record
+from hmad.edges.prefill_node import max_prompt_tokens, record
 from hmad.facts.errors import ConfigError, LocalError, NonFiniteLogitsError, RemoteProtocolError, TransferAborted
-from hmad.facts.formats import FORMATS
+from hmad.facts.formats import FORMATS, KVGeometry
 from hmad.facts.requests import GenerationRequest
 from hmad.facts.sampling import SampledToken, SamplingParams
 from hmad.facts.timeline import LayerTimes, Timeline
@@ -28,6 +31,7 @@ from hmad.roles.decode_engine import StepOutput
 from hmad.roles.placement import Placement
 from hmad.roles.prefill import Denial
 from hmad.roles.prefill_engine import PrefillDone, PrefillEngine, PrefillListener
+from hmad.roles.scheduler import plan_prefill
 from hmad.transport import liveness
 from hmad.transport.lease import Denied
 from hmad.wire import messages as m
@@ -268,3 +272,25 @@ async def test_signal_ends_a_node_that_still_loads(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ConfigError):
         await node.serve(cast(Any, None))
     assert handlers == [signal.SIG_DFL]
+
+
+# --- transfer = after: a prompt that was let in found too few pages, and waited for one for ever ---
+
+
+@given(batch=st.integers(1, 9), page=st.integers(1, 12), num_pages=st.integers(1, 90), history=st.integers(0, 1000))
+def test_staging_holds_every_prompt_that_is_let_in(batch: int, page: int, num_pages: int, history: int) -> None:
+    geometry = KVGeometry(3, 2, 64)
+    fp32 = FORMATS["fp32"]
+    pool = StagingPool(num_pages * page * geometry.block_bytes(fp32), page * geometry.block_bytes(fp32))
+    config: Any = SimpleNamespace(
+        precision="fp32", transfer="after", max_batch_tokens=32 * batch, history_bytes=3072 * history
+    )
+    sequence = PrefillSequence(
+        range(max_prompt_tokens(config, geometry, pool)), SamplingParams(max_tokens=2), (0,), fp32
+    )
+    num_used = 0
+    while sequence.num_remaining:
+        [chunk] = plan_prefill([sequence], config.max_batch_tokens)
+        num_used += geometry.num_layers * -(-fp32.num_blocks(chunk.num_tokens) // page)
+        sequence.num_computed = chunk.end
+    assert num_used <= num_pages

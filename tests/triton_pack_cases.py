@@ -172,6 +172,8 @@ def test_packing_refuses_what_does_not_fit() -> None:
         pack_blocks("bfp8", k, k, blocks.long(), out, bad)
     with pytest.raises(ValueError, match=r"bad_rows must be contiguous uint8 \[4\]"):
         pack_blocks("bfp8", k, k, blocks, out, bad[:3])
+    with pytest.raises(ValueError, match=r"bad_rows \[4\], strides \(1,\), must begin at a multiple of 16 bytes"):
+        pack_blocks("bfp8", k, k, blocks, out, torch.zeros(5, dtype=torch.uint8, device=DEVICE)[1:])
     with pytest.raises(ValueError, match="a kernel writes to bad_rows, on meta: it must be pinned memory of the host"):
         pack_blocks("bfp8", k, k, blocks, out, bad.to("meta"))
     with pytest.raises(ValueError, match="v is on meta"):

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from queue import Queue
+from typing import Any
 
 import pytest
 import torch
@@ -83,8 +84,8 @@ def values_of(prefilled: Prefilled, lengths: list[tuple[KVFormat | None, int]]) 
     return values
 
 
-# Launched one by one, and captured; of a page of one block, of five and of all of a prompt's.
-@pytest.mark.parametrize(("max_batch_tokens", "blocks_per_page"), [(16, 1), (256, 5), (256, 30)])
+# Launched one by one, and captured; a page has room for one block, or for all layers of the shorter prompts.
+@pytest.mark.parametrize(("max_batch_tokens", "blocks_per_page"), [(16, 1), (256, 5)])
 def test_a_packed_batch_says_what_the_cpu_says(checkpoint: Path, max_batch_tokens: int, blocks_per_page: int) -> None:
     lengths = [*((FORMATS[name], length) for name, length in LENGTHS.items()), (None, 2), (FORMATS["int8"], 1)]
     expected = values_of(on_cpu(checkpoint), lengths)
@@ -119,15 +120,15 @@ def test_chunks_of_a_cut_prompt_equal_one_pass(checkpoint: Path) -> None:
 
 
 def test_full_staging_holds_prefill_up_until_pages_come_back(checkpoint: Path) -> None:
-    fmt, prompt = FORMATS["fp32"], prompt_of(33)
+    fmt, prompt = FORMATS["fp32"], prompt_of(17)
     whole, held = on_device(checkpoint), on_device(checkpoint, num_pages=2)
     sequences = [sequence_of(prompt, fmt) for _ in range(2)]
-    whole.run(PrefillChunk(sequences[0], 33))
+    whole.run(PrefillChunk(sequences[0], 17))
     waiting: Queue[EncodedBlocks] = Queue()
     keep, held.keep = held.keep, waiting.put  # type: ignore[method-assign]
-    thread = threading.Thread(target=held.run, args=[PrefillChunk(sequences[1], 33)], daemon=True)
+    thread = threading.Thread(target=held.run, args=[PrefillChunk(sequences[1], 17)], daemon=True)
     thread.start()
-    num_frames = GEOMETRY.num_layers * fmt.num_blocks(33)
+    num_frames = GEOMETRY.num_layers * fmt.num_blocks(17)
     for number in range(num_frames):
         if number < num_frames - 2:
             wait_until(lambda: held.staging.is_waited_for and waiting.qsize() == 2)
@@ -173,14 +174,101 @@ def test_what_the_device_cannot_do_fails_the_batch_and_keeps_no_page(
 ) -> None:
     prefilled = on_device(checkpoint)
 
-    def broken(*_: object) -> float:
-        raise RuntimeError("the device broke")
+    wait = torch.cuda.Event.synchronize
 
-    monkeypatch.setattr(cuda_prefill.DeviceClock, "time_of", broken)
+    def broken(event: torch.cuda.Event) -> None:
+        if threading.current_thread().name == "shipper":
+            raise RuntimeError("the device broke")
+        wait(event)
+
+    monkeypatch.setattr(torch.cuda.Event, "synchronize", broken)
     with pytest.raises(RuntimeError, match="the device broke"):
         prefilled.run(PrefillChunk(sequence_of(prompt_of(9), FORMATS["int8"]), 9))
     assert prefilled.staging.free_pages == NUM_PAGES
     assert not prefilled.blocks
+
+
+@pytest.mark.parametrize(("launch", "number"), [("pack_blocks", 4), ("copy_", 1), ("copy_", 4)])
+def test_what_cannot_be_launched_fails_the_batch_and_keeps_no_page(
+    checkpoint: Path, launch: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefilled, num_launched = on_device(checkpoint, blocks_per_page=8), 0
+    owner = cuda_prefill if launch == "pack_blocks" else torch.Tensor
+    does: Callable[..., object] = getattr(owner, launch)
+
+    def launched(*arguments: Any, **options: Any) -> object:
+        nonlocal num_launched
+        num_launched += launch == "pack_blocks" or options.get("non_blocking", False)
+        if num_launched == number:
+            raise RuntimeError("no launch")
+        return does(*arguments, **options)
+
+    monkeypatch.setattr(owner, launch, launched)
+    sequences = [sequence_of(prompt_of(9), FORMATS[name]) for name in ("int8", "bf16")]
+    with pytest.raises(RuntimeError, match="no launch"):
+        prefilled.run(*(PrefillChunk(sequence, 9) for sequence in sequences))
+    assert len(prefilled.blocks) < number
+    assert prefilled.staging.free_pages == NUM_PAGES
+    assert all(thread.name != "shipper" for thread in threading.enumerate())
+
+
+def test_the_last_page_leaves_before_the_first_token_is_drawn(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefilled, sample, num_shipped = on_device(checkpoint, blocks_per_page=8), cuda_prefill.sample_once, []
+
+    def watched(*arguments: Any) -> Any:
+        wait_until(lambda: len(prefilled.blocks) == GEOMETRY.num_layers)
+        num_shipped.append(len(prefilled.blocks))
+        return sample(*arguments)
+
+    monkeypatch.setattr(cuda_prefill, "sample_once", watched)
+    prefilled.run(PrefillChunk(sequence_of(prompt_of(9), FORMATS["int8"]), 9))
+    assert num_shipped == [GEOMETRY.num_layers]
+
+
+def test_a_cancelled_prompt_ships_no_more_and_keeps_no_page(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefilled = on_device(checkpoint, blocks_per_page=2)
+    gone, good = (sequence_of(prompt_of(length), FORMATS["int8"]) for length in (9, 12))
+    begins = cuda_prefill.Batch.layer_begins
+
+    def watched(batch: cuda_prefill.Batch, layer_id: int) -> None:
+        gone.cancelled = layer_id > 0  # its page has room for another layer
+        begins(batch, layer_id)
+
+    monkeypatch.setattr(cuda_prefill.Batch, "layer_begins", watched)
+    tokens = prefilled.run(PrefillChunk(gone, 9), PrefillChunk(good, 12))
+    assert {sequence for sequence, _, _ in prefilled.blocks} == {good}
+    assert len(prefilled.blocks) == GEOMETRY.num_layers
+    assert good in tokens
+    assert prefilled.staging.free_pages == NUM_PAGES
+
+
+@pytest.mark.parametrize(("num_pages", "blocks_per_page"), [(NUM_PAGES, 9), (2, 9), (2, 1)])
+def test_a_row_that_cannot_be_stored_is_named(
+    checkpoint: Path, num_pages: int, blocks_per_page: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row 19 of the second chunk, in the second layer, in a page by itself and among others."""
+    prefilled = on_device(checkpoint, num_pages=num_pages, blocks_per_page=blocks_per_page)
+    good, bad = sequence_of(prompt_of(3), FORMATS["fp32"]), sequence_of(prompt_of(56), FORMATS["fp32"])
+    bad.history = prefilled.device.new_history(56)
+    prefilled.run(PrefillChunk(bad, 32))
+    pack, layers = cuda_prefill.pack_blocks, []
+
+    def marking(*arguments: Any) -> None:
+        pack(*arguments)
+        layers.append(len(layers))
+        if layers[-1] == 1:
+            arguments[-1][3 + 19] = 1
+
+    monkeypatch.setattr(cuda_prefill, "pack_blocks", marking)
+    tokens = prefilled.run(PrefillChunk(good, 3), PrefillChunk(bad, 24))
+    assert isinstance(bad.error, NonFiniteKVError)
+    assert "of layer 1 at position 51" in str(bad.error)
+    assert (bad, 1, 6) not in prefilled.blocks
+    assert list(tokens) == [good]
+    assert {layer_id for sequence, layer_id, _ in prefilled.blocks if sequence is good} == {0, 1, 2}
+    assert prefilled.staging.free_pages == num_pages
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

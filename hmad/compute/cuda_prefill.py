@@ -42,6 +42,8 @@ from hmad.facts.formats import KVFormat, KVGeometry
 from hmad.facts.sampling import SampledToken, SamplingParams
 from hmad_kernels.triton_pack import pack_blocks
 
+ROWS_TOLD = 2048  # times layers: about a millisecond of work, and whoever watches over progress waits for no page
+
 
 @dataclass(frozen=True)
 class BlockRun:
@@ -235,7 +237,7 @@ class Batch:
                         self._copy(plan, run, layer_id)
         if layer_id == self._prefill.geometry.num_layers - 1:
             self._close_pages()
-        if self._shipper.has_pages or not self._filling:
+        if self._shipper.is_due(len(k)):
             self._shipper.send_off()
         # The allocator is not to give K and V, which the compute stream made, to anyone before the side stream has read
         # them.
@@ -305,10 +307,10 @@ class Shipper:
         """Part of the next shipment: the side stream has been asked for it."""
         self._gathered.append(part)
 
-    @property
-    def has_pages(self) -> bool:
-        """Whether the next shipment has any."""
-        return any(isinstance(part, FilledPage) for part in self._gathered)
+    def is_due(self, num_rows: int) -> bool:
+        """Whether a page is full, or layers of so many rows have taken long enough to be told of."""
+        has_pages = any(isinstance(part, FilledPage) for part in self._gathered)
+        return has_pages or len(self._gathered) * num_rows >= ROWS_TOLD
 
     def send_off(self) -> None:
         """Make a shipment of what is gathered."""
@@ -351,7 +353,8 @@ class Shipper:
         if bad.any():
             layer, row = np.argwhere(bad)[0].tolist()
             sequence.error = sequence.error or non_finite(filled.first_layer + layer, run.first_position + row)
-        if self._failure or sequence.cancelled or sequence.error:
+        is_empty = not filled.num_layers  # its first copy could not be launched
+        if is_empty or self._failure or sequence.cancelled or sequence.error:
             self._staging.release(filled.page)
         else:
             self._observer.blocks_encoded(self._encoded(filled))

@@ -144,10 +144,12 @@ def max_prompt_tokens(config: Config, geometry: KVGeometry, staging: StagingPool
     longest = max(config.max_batch_tokens, config.history_bytes // bytes_per_token)
     if config.transfer == "layerwise":
         return longest
-    # Nothing leaves before the end, so staging holds all of it: whole pages for each layer.
+    # Nothing leaves before the end, so staging holds all of it: whole pages for each chunk of each layer.
     fmt = max(FORMATS.values(), key=lambda f: geometry.block_bytes(f) / f.tokens_per_block)
     tokens_per_page = staging.page_bytes // geometry.block_bytes(fmt) * fmt.tokens_per_block
-    return min(longest, staging.num_pages // geometry.num_layers * tokens_per_page)
+    pages_per_chunk = -(-config.max_batch_tokens // tokens_per_page)
+    num_chunks, pages_left = divmod(staging.num_pages // geometry.num_layers, pages_per_chunk)
+    return min(longest, num_chunks * config.max_batch_tokens + pages_left * tokens_per_page)
 
 
 def role_settings(config: Config, model: NodeModel, staging: StagingPool) -> PrefillSettings:

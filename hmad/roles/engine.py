@@ -106,9 +106,11 @@ class Engine(abc.ABC):
         self._num_units = num_units
         self._progress_s = time.monotonic()
 
-    def _progress(self) -> None:
+    def _progress(self, taken_s: float | None = None) -> None:
+        """A sign of progress. ``taken_s`` is what the work took, where signs come in bursts; else the time since the
+        one before."""
         now_s = time.monotonic()
-        self._patience.learn(now_s - self._progress_s, self._num_units)
+        self._patience.learn(now_s - self._progress_s if taken_s is None else taken_s, self._num_units)
         self._progress_s = now_s
 
     def _run(self) -> None:

@@ -119,8 +119,12 @@ class PrefillEngine(Engine):
             return sum(s.history.num_bytes for s in self._waiting if s.history)
 
     def _prefill(self, chunks: list[PrefillChunk]) -> dict[PrefillSequence, list[SampledToken]]:
+        last_s = time.monotonic()
+
         def layer_computed(clock: LayerClock) -> None:
-            self._progress()
+            nonlocal last_s
+            self._progress(max(0.0, clock.kv_ready_s - last_s))  # a device may tell of several layers at once
+            last_s = clock.kv_ready_s
             self._listener.layer_computed(chunks, clock)
 
         self._begin(sum(chunk.num_tokens for chunk in chunks))
