@@ -20,6 +20,7 @@ from hmad.compute.cpu import CpuPrefill
 from hmad.compute.cuda_prefill import CudaPrefill
 from hmad.compute.device import EncodedBlocks, PrefillChunk
 from hmad.compute.loading import load_model
+from hmad.compute.model import Qwen3
 from hmad.compute.staging import StagingPool
 from hmad.facts.errors import NonFiniteKVError
 from hmad.facts.formats import FORMATS, KVFormat, KVGeometry
@@ -53,13 +54,22 @@ def on_cpu(checkpoint: Path) -> Prefilled:
     return Prefilled(CpuPrefill(load_model(checkpoint, "fp32"), GEOMETRY, staging), staging)
 
 
-def on_device(
-    checkpoint: Path, num_pages: int = NUM_PAGES, max_batch_tokens: int = 256, blocks_per_page: int = 1
-) -> Prefilled:
+def on_device(checkpoint: Path, max_batch_tokens: int = 256, blocks_per_page: int = 1) -> Prefilled:
+    return prefilled_by(model_on_device(checkpoint), NUM_PAGES, blocks_per_page, max_batch_tokens)
+
+
+def shipping(checkpoint: Path, num_pages: int = NUM_PAGES, blocks_per_page: int = 1) -> Prefilled:
+    """A device whose shipping is looked at. Where there is no GPU, the CPU's row kernels take the place of those in
+    Triton's interpreter, which is much slower; what packs is Triton's.
+    """
+    model = load_model(checkpoint, "fp32") if INTERPRETED else model_on_device(checkpoint)
+    return prefilled_by(model, num_pages, blocks_per_page)
+
+
+def prefilled_by(model: Qwen3, num_pages: int, blocks_per_page: int, max_batch_tokens: int = 256) -> Prefilled:
     page_bytes = blocks_per_page * PAGE_BYTES
     staging = StagingPool(num_pages * page_bytes, page_bytes, pinned=not INTERPRETED)
-    device = CudaPrefill(model_on_device(checkpoint), GEOMETRY, staging, max_batch_tokens)
-    return Prefilled(device, staging)
+    return Prefilled(CudaPrefill(model, GEOMETRY, staging, max_batch_tokens), staging)
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:
@@ -121,7 +131,7 @@ def test_chunks_of_a_cut_prompt_equal_one_pass(checkpoint: Path) -> None:
 
 def test_full_staging_holds_prefill_up_until_pages_come_back(checkpoint: Path) -> None:
     fmt, prompt = FORMATS["fp32"], prompt_of(17)
-    whole, held = on_device(checkpoint), on_device(checkpoint, num_pages=2)
+    whole, held = shipping(checkpoint), shipping(checkpoint, num_pages=2)
     sequences = [sequence_of(prompt, fmt) for _ in range(2)]
     whole.run(PrefillChunk(sequences[0], 17))
     waiting: Queue[EncodedBlocks] = Queue()
@@ -143,7 +153,7 @@ def test_full_staging_holds_prefill_up_until_pages_come_back(checkpoint: Path) -
 def test_layers_leave_when_they_fill_a_page(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page has room for two of the three layers: the first waits for the second, and both are gone before the third
     begins. What a longer prompt beside it fills a page with, it need not wait for."""
-    prefilled = on_device(checkpoint, blocks_per_page=2)
+    prefilled = shipping(checkpoint, blocks_per_page=2)
     short, long = (sequence_of(prompt_of(length), FORMATS["int8"]) for length in (9, 33))  # one block, and two
     begins, num_shipped = cuda_prefill.Batch.layer_begins, []
 
@@ -165,14 +175,14 @@ def test_layers_leave_when_they_fill_a_page(checkpoint: Path, monkeypatch: pytes
 
 def test_pages_that_are_not_full_leave_when_there_are_no_more(checkpoint: Path) -> None:
     """Three prompts whose three layers would fit into a page each, and two pages."""
-    prefilled = on_device(checkpoint, num_pages=2, blocks_per_page=8)
+    prefilled = shipping(checkpoint, num_pages=2, blocks_per_page=8)
     values_of(prefilled, [(FORMATS["int8"], length) for length in (3, 9, 5)])
 
 
 def test_what_the_device_cannot_do_fails_the_batch_and_keeps_no_page(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prefilled = on_device(checkpoint)
+    prefilled = shipping(checkpoint)
 
     wait = torch.cuda.Event.synchronize
 
@@ -192,7 +202,7 @@ def test_what_the_device_cannot_do_fails_the_batch_and_keeps_no_page(
 def test_what_cannot_be_launched_fails_the_batch_and_keeps_no_page(
     checkpoint: Path, launch: str, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prefilled, num_launched = on_device(checkpoint, blocks_per_page=8), 0
+    prefilled, num_launched = shipping(checkpoint, blocks_per_page=8), 0
     owner = cuda_prefill if launch == "pack_blocks" else torch.Tensor
     does: Callable[..., object] = getattr(owner, launch)
 
@@ -215,7 +225,7 @@ def test_what_cannot_be_launched_fails_the_batch_and_keeps_no_page(
 def test_the_last_page_leaves_before_the_first_token_is_drawn(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prefilled, sample, num_shipped = on_device(checkpoint, blocks_per_page=8), cuda_prefill.sample_once, []
+    prefilled, sample, num_shipped = shipping(checkpoint, blocks_per_page=8), cuda_prefill.sample_once, []
 
     def watched(*arguments: Any) -> Any:
         wait_until(lambda: len(prefilled.blocks) == GEOMETRY.num_layers)
@@ -228,7 +238,7 @@ def test_the_last_page_leaves_before_the_first_token_is_drawn(
 
 
 def test_a_cancelled_prompt_ships_no_more_and_keeps_no_page(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prefilled = on_device(checkpoint, blocks_per_page=2)
+    prefilled = shipping(checkpoint, blocks_per_page=2)
     gone, good = (sequence_of(prompt_of(length), FORMATS["int8"]) for length in (9, 12))
     begins = cuda_prefill.Batch.layer_begins
 
@@ -249,7 +259,7 @@ def test_a_row_that_cannot_be_stored_is_named(
     checkpoint: Path, num_pages: int, blocks_per_page: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Row 19 of the second chunk, in the second layer, in a page by itself and among others."""
-    prefilled = on_device(checkpoint, num_pages=num_pages, blocks_per_page=blocks_per_page)
+    prefilled = shipping(checkpoint, num_pages=num_pages, blocks_per_page=blocks_per_page)
     good, bad = sequence_of(prompt_of(3), FORMATS["fp32"]), sequence_of(prompt_of(56), FORMATS["fp32"])
     bad.history = prefilled.device.new_history(56)
     prefilled.run(PrefillChunk(bad, 32))
