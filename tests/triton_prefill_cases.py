@@ -18,12 +18,13 @@ from hmad.compute import cuda_prefill
 from hmad.compute.codecs import decode
 from hmad.compute.cpu import CpuPrefill
 from hmad.compute.cuda_prefill import CudaPrefill
-from hmad.compute.device import EncodedBlocks, PrefillChunk
+from hmad.compute.device import EncodedBlocks, PrefillChunk, PrefillSequence
 from hmad.compute.loading import load_model
 from hmad.compute.model import Qwen3
 from hmad.compute.staging import StagingPool
 from hmad.facts.errors import NonFiniteKVError
 from hmad.facts.formats import FORMATS, KVFormat, KVGeometry
+from hmad.facts.sampling import SamplingParams
 
 GEOMETRY = KVGeometry(3, 2, 64)
 PAGE_BYTES = GEOMETRY.slot_bytes  # of one block: each is a frame of its own
@@ -127,6 +128,22 @@ def test_chunks_of_a_cut_prompt_equal_one_pass(checkpoint: Path) -> None:
         raw = [torch.from_numpy(p.raw(s, layer_id)) for p, s in ((cut, sequence), (whole, alone))]
         for ours, theirs in zip(*(decode(fmt, blocks, 29, 2, 64) for blocks in raw), strict=True):
             assert relative_error(ours, theirs) < CLOSE
+
+
+def test_first_tokens_of_several_choices_are_the_cpus(checkpoint: Path) -> None:
+    drawn = []
+    for prefilled in (on_cpu(checkpoint), shipping(checkpoint)):
+        choices = [
+            (SamplingParams(max_tokens=8, temperature=1.0, top_k=50), (1, 2, 3)),
+            (SamplingParams(max_tokens=8, temperature=0.9, repetition_penalty=1.5, presence_penalty=0.3), (4, 2**63)),
+            (SamplingParams(max_tokens=8, forced_token_ids=(17,)), (6,)),
+        ]
+        sequences = [PrefillSequence(prompt_of(5 + row), *each, None) for row, each in enumerate(choices)]
+        tokens = prefilled.run(*(PrefillChunk(sequence, sequence.num_remaining) for sequence in sequences))
+        drawn.append([[token.token_id for token in tokens[sequence]] for sequence in sequences])
+    assert drawn[0] == drawn[1]
+    assert [len(each) for each in drawn[0]] == [3, 2, 1]
+    assert drawn[0][2] == [17]
 
 
 def test_full_staging_holds_prefill_up_until_pages_come_back(checkpoint: Path) -> None:

@@ -1,7 +1,7 @@
 """Small arrays between host and device: up in one copy, ordered by the stream; down as kernels write them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 
@@ -15,6 +15,13 @@ TURNS = 2  # copies on the host: one is filled or read while the other is on its
 def pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeros in host memory that the device reads and writes by itself."""
     return torch.zeros(shape, dtype=dtype, pin_memory=True)
+
+
+def brought(values: Sequence[int], device: torch.device) -> Tensor:
+    """int64 [n] on the device, behind what the current stream has to do before; nobody waits for it."""
+    on_host = pinned((len(values),), torch.int64)
+    on_host.numpy()[:] = values
+    return on_host.to(device, non_blocking=True)  # torch keeps the pinned memory until it is read
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hmad.compute.attention import causal_attention
-from hmad.compute.cuda_buffers import ALIGN_BYTES, pinned
+from hmad.compute.cuda_buffers import ALIGN_BYTES, brought, pinned
 from hmad.compute.cuda_faults import fatal_faults
 from hmad.compute.cuda_graphs import LayerGraphs
 from hmad.compute.cuda_sampler import sample_once
@@ -161,11 +161,14 @@ class CudaPrefill:
         last = [(c.sequence, rows.stop - 1) for c, rows in packed if c.is_last]
         if not last:
             return {}
-        logits = self.model.logits(hidden[[row for _, row in last]])  # [num_last, vocab]
+        rows = brought([row for _, row in last], self._device)
+        logits = self.model.logits(hidden.index_select(0, rows))  # [num_last, vocab]
         choices = [(sequence, seed, row) for row, (sequence, _) in enumerate(last) for seed in sequence.seeds]
         inputs = [SamplerInput(s.params, seed, 0, s.prompt_token_ids, ()) for s, seed, _ in choices]
         outcomes: dict[PrefillSequence, list[Outcome]] = {sequence: [] for sequence, _ in last}
-        drawn = sample_once(logits[[row for _, _, row in choices]], inputs)
+        if len(choices) > len(last):
+            logits = logits.index_select(0, brought([row for _, _, row in choices], self._device))
+        drawn = sample_once(logits, inputs)
         for (sequence, _, _), outcome in zip(choices, drawn, strict=True):
             outcomes[sequence].append(outcome)
         return outcomes

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hmad.compute.cuda_buffers import Field
+from hmad.compute.cuda_buffers import Bundle, Field
 from hmad.compute.device import Outcome, Outcomes
 from hmad.compute.sampler import SamplerInput, describe, non_finite
 from hmad.compute.sequence import DecodeSequence
@@ -79,25 +79,27 @@ def wants_logits(params: SamplingParams) -> bool:
 
 
 def sample_once(logits: Tensor, rows: Sequence[SamplerInput]) -> list[Outcome]:
-    """One token per row of float32 logits [N, vocab]. Waits for the device."""
+    """One token per row of float32 logits [N, vocab]. Waits for the device when all is launched."""
     device, num_rows = logits.device, len(rows)
     settings = settings_of((row.params, row.seed) for row in rows)
     penalized = settings["is_penalized"].nonzero()[0].tolist()
     settings["counts_row"][penalized] = np.arange(len(penalized))
-    arrays = {name: settings[name].copy() for name in CONSTANT_COLUMNS}
-    arrays["index"] = np.array([row.index for row in rows], np.int64)
-    arrays["forced"] = np.array([forced_token(row.params, row.index) for row in rows], np.int64)
+    columns = Bundle(sampling_fields(DTYPES, num_rows), device)
+    for name in CONSTANT_COLUMNS:
+        columns.arrays[name][:] = settings[name]
+    columns.arrays["index"][:] = [row.index for row in rows]
+    columns.arrays["forced"][:] = [forced_token(row.params, row.index) for row in rows]
+    columns.upload()
     counts = torch.zeros((max(1, len(penalized)), logits.shape[1]), dtype=torch.int32, device=device)
     for number, i in enumerate(penalized):
         reset_counts(
             counts, number, *(token_tensor(ids, device) for ids in (rows[i].prompt_token_ids, rows[i].output_token_ids))
         )
-    on_device = {name: torch.from_numpy(array).to(device, DTYPES[name]) for name, array in arrays.items()}
     tokens = torch.empty(num_rows, dtype=torch.int64, device=device)
     tops = torch.empty(num_rows, dtype=torch.float32, device=device)
-    sample_rows(logits, device_sampling(on_device, num_rows), counts, tokens, tops)
+    sample_rows(logits, device_sampling(columns.on_device, num_rows), counts, tokens, tops)
     raw = {row: logits[row].cpu().numpy() for row in settings["is_described"].nonzero()[0].tolist()}
-    return list(outcomes_of(rows, arrays["index"], tokens.cpu().numpy(), tops.cpu().numpy(), raw))
+    return list(outcomes_of(rows, columns.arrays["index"], tokens.cpu().numpy(), tops.cpu().numpy(), raw))
 
 
 def token_tensor(token_ids: Sequence[int] | np.ndarray, device: torch.device) -> Tensor:
