@@ -66,7 +66,7 @@ class Decoding:
         def land(blocks: EncodedBlocks) -> None:
             slots = self.slots[blocks.first_block : blocks.first_block + blocks.num_blocks]
             views = HostLane(self.arena).place(
-                range(blocks.first_layer, blocks.first_layer + 1), slots, fmt, 0, GEOMETRY.num_kv_heads
+                range(blocks.first_layer, blocks.first_layer + blocks.num_layers), slots, fmt, 0, GEOMETRY.num_kv_heads
             )
             copy_into(views, blocks.payload)
             staging.release(blocks.page)

@@ -34,7 +34,7 @@ LAYER_BYTES = 1 << 20
 def host_as_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(synchronize=lambda: None))
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
-    monkeypatch.setattr(cuda_landing, "pinned", lambda shape, dtype: torch.zeros(shape, dtype=dtype))
+    monkeypatch.setattr(cuda_landing, "pinned_page", lambda num_bytes: torch.empty(num_bytes, dtype=torch.uint8))
 
 
 class SlowLanding(CudaLanding):

@@ -190,6 +190,22 @@ def test_layers_leave_when_they_fill_a_page(checkpoint: Path, monkeypatch: pytes
     assert prefilled.staging.free_pages == NUM_PAGES
 
 
+def test_a_page_takes_so_many_layers_and_no_more(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefilled, frames = shipping(checkpoint, blocks_per_page=9), []
+    keep = prefilled.keep
+
+    def told(blocks: EncodedBlocks) -> None:
+        frames.append((blocks.first_layer, blocks.num_layers))
+        keep(blocks)
+
+    monkeypatch.setattr(prefilled, "keep", told)
+    for most, expected in ((cuda_prefill.MOST_LAYERS, [(0, 3)]), (2, [(0, 2), (2, 1)])):
+        monkeypatch.setattr(cuda_prefill, "MOST_LAYERS", most)
+        prefilled.run(PrefillChunk(sequence_of(prompt_of(9), FORMATS["int8"]), 9))
+        assert frames == expected
+        frames.clear()
+
+
 def test_pages_that_are_not_full_leave_when_there_are_no_more(checkpoint: Path) -> None:
     """Three prompts whose three layers would fit into a page each, and two pages."""
     prefilled = shipping(checkpoint, num_pages=2, blocks_per_page=8)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,12 @@ def pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.zeros(shape, dtype=dtype, pin_memory=True)
 
 
-def brought(values: Sequence[int], device: torch.device) -> Tensor:
+def pinned_page(num_bytes: int) -> Tensor:
+    """uint8 [num_bytes] of such memory, whatever it holds."""
+    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+
+def brought(values: Sequence[int] | np.ndarray, device: torch.device) -> Tensor:
     """int64 [n] on the device, behind what the current stream has to do before; nobody waits for it."""
     on_host = pinned((len(values),), torch.int64)
     on_host.numpy()[:] = values
@@ -40,10 +46,10 @@ class Bundle:
     """Arrays by name, in one block of device memory and on the host, which brings all of them at once.
 
     What is to be uploaded is written to ``arrays``. The pinned copies that it passes through take turns: whoever
-    uploads again has made sure that the upload before the last is done.
+    uploads again has made sure that the upload so many ``turns`` ago is done.
     """
 
-    def __init__(self, fields: Mapping[str, Field], device: torch.device) -> None:
+    def __init__(self, fields: Mapping[str, Field], device: torch.device, turns: int = TURNS) -> None:
         starts, size = {}, 0
         for name, field in fields.items():
             starts[name] = size
@@ -61,7 +67,7 @@ class Bundle:
         values = torch.zeros(size, dtype=torch.uint8)
         self._values = values.numpy()
         self.arrays = {name: view.numpy() for name, view in views(values).items()}
-        self._turns = cycle([pinned((size,), torch.uint8) for _ in range(TURNS)])
+        self._turns = cycle([pinned((size,), torch.uint8) for _ in range(turns)])
 
     def upload(self, up_to: tuple[str, int] | None = None) -> None:
         """Bring the host's arrays to the device, after what the current stream has to do before. ``up_to`` names one

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hmad.compute.arena import Arena
 from hmad.compute.batch import NO_STOP, DecodeBatch
-from hmad.compute.cuda_buffers import TURNS, Bundle, Field, pinned
+from hmad.compute.cuda_buffers import TURNS, Bundle, Field, brought, pinned
 from hmad.compute.cuda_faults import fatal_faults
 from hmad.compute.cuda_graphs import Pool, buckets_up_to, captured
 from hmad.compute.cuda_sampler import (
@@ -30,7 +30,6 @@ from hmad.compute.cuda_sampler import (
     outcomes_of,
     sampling_fields,
     settings_of,
-    token_tensor,
 )
 from hmad.compute.device import Outcomes, non_finite
 from hmad.compute.model import Projected, Qwen3
@@ -278,7 +277,7 @@ class CudaDecode:
             if sequence not in kept:
                 kept[sequence] = next(free)
                 prompt, output = (
-                    token_tensor(ids, self._device) for ids in (sequence.prompt_token_ids, sequence.output_token_ids)
+                    brought(ids, self._device) for ids in (sequence.prompt_token_ids, sequence.output_token_ids)
                 )
                 reset_counts(self._counts, kept[sequence], prompt, output)
             count_rows[row] = kept[sequence]

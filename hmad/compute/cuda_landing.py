@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from hmad.compute.arena import Arena
-from hmad.compute.cuda_buffers import pinned
+from hmad.compute.cuda_buffers import pinned_page
 from hmad.facts.errors import LocalError
 from hmad.facts.formats import KVFormat
 from hmad.facts.logs import get_logger
@@ -90,7 +90,7 @@ class CudaLanding:
 
     def _new_page(self) -> Page:
         try:
-            return Page(pinned((self._layer_bytes,), torch.uint8))
+            return Page(pinned_page(self._layer_bytes))
         except RuntimeError as error:
             raise LocalError(f"no {self._layer_bytes} bytes of pinned memory for a bulk channel: {error}") from error
 

@@ -42,6 +42,7 @@ from hmad.facts.formats import KVFormat, KVGeometry
 from hmad.facts.sampling import SampledToken, SamplingParams
 from hmad_kernels.triton_pack import pack_blocks
 
+MOST_LAYERS = 12  # of a frame: a third of Qwen3-8B's, so that most of a short prompt leaves while it is computed
 ROWS_TOLD = 2048  # times layers: about a millisecond of work, and whoever watches over progress waits for no page
 
 
@@ -256,7 +257,7 @@ class Batch:
         start = filled.num_layers * len(blocks)
         staging.memory[filled.page, start : start + len(blocks)].copy_(blocks, non_blocking=True)
         filled.num_layers += 1
-        if start + 2 * len(blocks) > staging.page_bytes:
+        if filled.num_layers == MOST_LAYERS or start + 2 * len(blocks) > staging.page_bytes:
             self._shipper.add(self._filling.pop(run))
 
     def _acquire(self) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hmad.compute.cuda_buffers import Bundle, Field
+from hmad.compute.cuda_buffers import Bundle, Field, brought
 from hmad.compute.device import Outcome, Outcomes
 from hmad.compute.sampler import SamplerInput, describe, non_finite
 from hmad.compute.sequence import DecodeSequence
@@ -84,7 +84,7 @@ def sample_once(logits: Tensor, rows: Sequence[SamplerInput]) -> list[Outcome]:
     settings = settings_of((row.params, row.seed) for row in rows)
     penalized = settings["is_penalized"].nonzero()[0].tolist()
     settings["counts_row"][penalized] = np.arange(len(penalized))
-    columns = Bundle(sampling_fields(DTYPES, num_rows), device)
+    columns = Bundle(sampling_fields(DTYPES, num_rows), device, turns=1)
     for name in CONSTANT_COLUMNS:
         columns.arrays[name][:] = settings[name]
     columns.arrays["index"][:] = [row.index for row in rows]
@@ -93,15 +93,10 @@ def sample_once(logits: Tensor, rows: Sequence[SamplerInput]) -> list[Outcome]:
     counts = torch.zeros((max(1, len(penalized)), logits.shape[1]), dtype=torch.int32, device=device)
     for number, i in enumerate(penalized):
         reset_counts(
-            counts, number, *(token_tensor(ids, device) for ids in (rows[i].prompt_token_ids, rows[i].output_token_ids))
+            counts, number, *(brought(ids, device) for ids in (rows[i].prompt_token_ids, rows[i].output_token_ids))
         )
     tokens = torch.empty(num_rows, dtype=torch.int64, device=device)
     tops = torch.empty(num_rows, dtype=torch.float32, device=device)
     sample_rows(logits, device_sampling(columns.on_device, num_rows), counts, tokens, tops)
     raw = {row: logits[row].cpu().numpy() for row in settings["is_described"].nonzero()[0].tolist()}
     return list(outcomes_of(rows, columns.arrays["index"], tokens.cpu().numpy(), tops.cpu().numpy(), raw))
-
-
-def token_tensor(token_ids: Sequence[int] | np.ndarray, device: torch.device) -> Tensor:
-    """int64 [n] on the device."""
-    return torch.from_numpy(np.asarray(token_ids, dtype=np.int64)).to(device)

@@ -23,7 +23,7 @@ from hmad.wire.messages import Limits
 SHUTDOWN_S = 5.0
 # What we are willing to receive. On a CPU, LAYERs land in leased slots, so their bound costs no memory; with a GPU they
 # land in pinned pages first.
-MAX_LAYER_BYTES = 1 << 30
+MAX_LAYER_BYTES = 64 << 20
 LANDING_PAGE_BYTES = 8 << 20
 MAX_TOKENS_BYTES = 64 << 20
 

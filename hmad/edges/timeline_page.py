@@ -11,7 +11,7 @@ from hmad.edges.pages import NOTHING, document, millis, size, table, tiles
 from hmad.facts.timeline import Timeline, name_of
 
 WIDTH, MARGIN, LANE, GAP, TOP = 1000, 8, 56, 26, 34  # of the drawing, in its own units
-MIN_LABEL = 16  # a narrower bar has no room for its number
+EDGE, DIGIT = 8, 6.5  # of a label: a bar that is narrower has no room for it
 COMPUTE_Y, WIRE_Y = TOP, TOP + LANE + GAP
 TOKENS_Y = WIRE_Y + LANE + GAP
 HEIGHT = TOKENS_Y + 40
@@ -60,7 +60,11 @@ class Scale:
 
     def bar(self, y: float, begin_s: float, end_s: float, fill: str, title: str, label: str = "") -> str:
         x, width = self.x(begin_s), max(0.6, round((end_s - begin_s) * self._per_s, 2))
-        text = f'<text x="{x + 4}" y="{y + LANE / 2 + 4}" style="fill:#fff">{label}</text>' if width > MIN_LABEL else ""
+        text = (
+            f'<text x="{x + 4}" y="{y + LANE / 2 + 4}" style="fill:#fff">{label}</text>'
+            if width > EDGE + DIGIT * len(label)
+            else ""
+        )
         rect = f'<rect x="{x}" y="{y}" width="{width}" height="{LANE}" fill="var(--{fill})" rx="2">'
         return f"{rect}<title>{escape(title)}</title></rect>{text}"
 

@@ -233,7 +233,7 @@ class Config(BaseModel):
     stream_bytes_per_s: Annotated[Rate | None, Unit("bytes/s"), OF_PREFILL] = Field(
         None, validation_alias="stream_rate", description="cap on the KV sent, to share a link; none is no cap"
     )
-    frame_bytes: Annotated[Size, Field(ge=4 * KIB, le=GIB), OF_PREFILL] = Field(
+    frame_bytes: Annotated[Size, Field(ge=4 * KIB, le=64 * MIB), OF_PREFILL] = Field(
         # A layer of 2,048 tokens, which is a batch, of eight KV heads of 128 in any format of 8 bits.
         4352 * KIB,
         description="KV bytes of one frame at most, and of one page of staging",

@@ -163,7 +163,7 @@ class FrameReader:
 
     def _start_frame(self) -> None:
         self._hasher: xxhash.xxh3_128 | None = None
-        self._views: list[memoryview] = []  # of the payload, still to be filled
+        self._views: list[memoryview] = []  # of the payload, still to be filled, the last one first
         self._payload: memoryview | None = None
         self._expect(memoryview(self._prefix), self._prefix_done)
 
@@ -250,11 +250,11 @@ class FrameReader:
             raise LocalProtocolError(f"{sum(map(len, views))} bytes of room for a LAYER of {self._payload_len}")
         if self.digest == DIGEST_XXH3 and layer.via is Via.INLINE:
             self._hasher = xxhash.xxh3_128()
-        return [view for view in views if view]
+        return [view for view in reversed(views) if view]
 
     def _next_view(self) -> Received | None:
         if self._views:
-            self._expect(self._views.pop(0), self._next_view)
+            self._expect(self._views.pop(), self._next_view)
             return None
         digest = self._hasher.digest() if self._hasher is not None else None
         received = Received(self._message, self._payload, digest, bytes(self._header))

@@ -245,7 +245,7 @@ class Choice(Message, frozen=True):
 
 
 class Commit(Message, frozen=True):
-    """All LAYERs are sent. ``root_digest`` is over their digests in (layer, first block, first head) order."""
+    """All LAYERs are sent. ``root_digest`` is over their digests, ordered by first layer, block and head."""
 
     transfer_id: Id
     epoch: U32
