@@ -29,6 +29,7 @@ from hmad.facts.sampling import SampledToken
 from hmad.facts.timeline import LayerTimes, Timeline
 from hmad.roles.decode import DecodeCounters, DecodeRole
 from hmad.roles.decode_engine import StepOutput
+from hmad.transport import bulk as bulk_sending
 from hmad.transport import decode_listener, liveness, prefill_link
 from hmad.transport.bulk import BulkSender, OutgoingLayer
 from hmad.transport.bulk_receiver import BulkReceiver
@@ -40,7 +41,7 @@ from hmad.transport.liveness import DEAD_AFTER_S
 from hmad.transport.prefill_link import LinkSettings, PeerLink, connect_socket
 from hmad.transport.rate import MAX_LATENESS_S, Pacer
 from hmad.wire import messages as m
-from hmad.wire.frames import FrameReader, FrameWriter, encode_frame
+from hmad.wire.frames import DIGEST_XXH3, NO_DIGEST, FrameReader, FrameWriter, encode_frame
 from hmad.wire.handshake import NodeIdentity, PrefillHandshake
 from hmad.wire.prefill_transfers import PrefillTransfers
 from hmad.wire.transfers import root_digest
@@ -309,7 +310,7 @@ def frame(kv: np.ndarray, layers: range, first: int, count: int, released: Relea
     counts: Released = Counter() if released is None else released
     release = partial(counts.update, [(layers.start, first)])
     extent, raw = (layers.start, len(payload), first, payload.shape[1]), payload.reshape(-1)
-    return StagedBlocks(*extent, raw.data, digest_of(raw), 0.0, release)
+    return StagedBlocks(*extent, raw.data, 0.0, release)
 
 
 def frames(kv: np.ndarray, per_frame: int, released: Released | None = None, num_layers: int = 1) -> list[StagedBlocks]:
@@ -557,7 +558,7 @@ async def test_a_page_is_reused_only_when_the_kernel_has_all_of_it() -> None:
     """Two pages under a reader that stalls; whoever gives one back has it overwritten at once."""
     num_frames, num_bytes = 8, 1 << 20
     async with stalled_socket() as (sock, reader):
-        bulk = BulkSender(sock, Pacer(None))
+        bulk = BulkSender(sock, Pacer(None), DIGEST_XXH3)
         sender = asyncio.create_task(bulk.run())
         pages = [bytearray(num_bytes) for _ in range(2)]
         free: asyncio.Queue[bytearray] = asyncio.Queue()
@@ -572,7 +573,7 @@ async def test_a_page_is_reused_only_when_the_kernel_has_all_of_it() -> None:
             for number in range(num_frames):
                 page = await free.get()
                 page[:] = bytes([number]) * num_bytes
-                layer = m.Layer(bytes(16), 0, number, 1, 0, 1, 0, 4, digest_of(page))
+                layer = m.Layer(bytes(16), 0, number, 1, 0, 1, 0, 4, NO_DIGEST)
                 bulk.put(OutgoingLayer(layer, memoryview(page), ignore, partial(reuse, page)))
 
         working = asyncio.create_task(engine())
@@ -603,7 +604,7 @@ async def stalled_socket() -> AsyncIterator[tuple[socket.socket, socket.socket]]
 async def test_a_sender_that_is_closed_ends_its_thread_and_gives_every_page_back(rate: float | None) -> None:
     async with stalled_socket() as (sock, _):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 0)  # else the kernel ends it after a while, too
-        bulk = BulkSender(sock, Pacer(rate))
+        bulk = BulkSender(sock, Pacer(rate), DIGEST_XXH3)
         sender = asyncio.create_task(bulk.run())
         returned: list[int] = []
         for number in range(3):
@@ -622,7 +623,7 @@ async def test_a_sender_that_is_closed_ends_its_thread_and_gives_every_page_back
 
 async def test_a_peer_that_resets_ends_the_sender_with_an_error() -> None:
     async with stalled_socket() as (sock, reader):
-        bulk = BulkSender(sock, Pacer(None))
+        bulk = BulkSender(sock, Pacer(None), DIGEST_XXH3)
         sender = asyncio.create_task(bulk.run())
         layer = m.Layer(bytes(16), 0, 0, 1, 0, 1, 0, 4, bytes(16))
         bulk.put(OutgoingLayer(layer, memoryview(bytes(1 << 22)), ignore, ignore))
@@ -638,7 +639,7 @@ async def test_a_capped_frame_is_on_the_wire_as_long_as_the_cap_says() -> None:
     rate, num_bytes = 4e4, 4000  # a tenth of a second: a thread that starts late is late by little
     async with stalled_socket() as (sock, _):
         pacer = Pacer(rate)
-        bulk = BulkSender(sock, pacer)
+        bulk = BulkSender(sock, pacer, DIGEST_XXH3)
         sender = asyncio.create_task(bulk.run())
         layer = OutgoingLayer(
             m.Layer(bytes(16), 0, 0, 1, 0, 1, 0, 4, bytes(16)), memoryview(bytes(num_bytes)), ignore, ignore
@@ -657,7 +658,7 @@ async def test_a_report_that_fails_ends_the_sender_and_keeps_no_other_from_being
 
     async with stalled_socket() as (sock, reader):
         reader.close()
-        bulk = BulkSender(sock, Pacer(None))
+        bulk = BulkSender(sock, Pacer(None), DIGEST_XXH3)
         sender = asyncio.create_task(bulk.run())
         returned: list[int] = []
         for number in range(2):
@@ -674,7 +675,7 @@ async def test_a_report_that_fails_ends_the_sender_and_keeps_no_other_from_being
 
 async def test_a_sender_that_is_cancelled_twice_still_ends() -> None:
     async with stalled_socket() as (sock, _):
-        bulk = BulkSender(sock, Pacer(None))
+        bulk = BulkSender(sock, Pacer(None), DIGEST_XXH3)
         sender = asyncio.create_task(bulk.run())
         await asyncio.sleep(0.01)
         sender.cancel()
@@ -896,10 +897,10 @@ async def test_slots_of_a_lost_session_stay_taken_while_a_thread_may_write_to_th
         monkeypatch.undo()
 
 
-async def test_a_wrong_digest_ends_its_transfer_alone() -> None:
+async def test_a_wrong_digest_ends_its_transfer_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     async with pair() as p:
         neighbour, damaged = await p.lease(4), await p.lease(4)
-        send_damaged(damaged)
+        send_damaged(damaged, monkeypatch)
         kv = random_kv(4, seed=1)
         send(neighbour, kv)
         with pytest.raises(TransferAborted) as aborted:
@@ -910,17 +911,24 @@ async def test_a_wrong_digest_ends_its_transfer_alone() -> None:
         assert p.decode.arena.used_slots == 4 + 1
 
 
-def send_damaged(lease: Lease) -> None:
-    lease.send_blocks(replace(frame(random_kv(4), range(1), 0, 4), digest=bytes(16)))
+def send_damaged(lease: Lease, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frame that is not what its sender has digested."""
+    damaged, digest = frame(random_kv(4), range(1), 0, 4), bulk_sending.payload_digest
+
+    def wrong(name: str, payload: memoryview) -> bytes:
+        return bytes(16) if payload is damaged.payload else digest(name, payload)
+
+    monkeypatch.setattr(bulk_sending, "payload_digest", wrong)
+    lease.send_blocks(damaged)
 
 
-async def test_three_wrong_digests_within_a_minute_end_the_session() -> None:
+async def test_three_wrong_digests_within_a_minute_end_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
     async with pair() as p:
         session = p.decode.session
         for strike in range(3):
             assert session.is_open, f"closed after {strike}"
             lease = await p.lease(4)
-            send_damaged(lease)
+            send_damaged(lease, monkeypatch)
             with pytest.raises(RemoteError):
                 await asyncio.wait_for(lease.next_token(), PATIENCE_S)
         await until(lambda: not session.is_open)

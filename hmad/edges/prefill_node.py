@@ -162,7 +162,6 @@ def role_settings(config: Config, model: NodeModel, staging: StagingPool) -> Pre
         max_timelines=config.timelines,
         queue_timeout_s=config.queue_timeout_s,
         transfer_after=config.transfer == "after",
-        digest=config.digest,
     )
 
 

@@ -6,8 +6,6 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequenc
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
-import xxhash
-
 from hmad.compute.device import EncodedBlocks, LayerClock, PrefillChunk, PrefillSequence
 from hmad.compute.staging import StagingPool
 from hmad.facts.errors import HmadError, RemoteError, RequestError
@@ -20,12 +18,10 @@ from hmad.roles.queue import RETRY_AFTER_S, FairQueue, Place
 from hmad.roles.scheduler import rank_peers
 from hmad.transport.lease import Denied, Lease, StagedBlocks
 from hmad.transport.prefill_link import PeerLink
-from hmad.wire.frames import DIGEST_NONE
 from hmad.wire.messages import DenyReason
 
 DRAIN_RETRY_AFTER_S = 5.0
 PEERLESS_S = 1.5  # for so long a request waits for any decode node to be there at all
-NO_DIGEST = bytes(16)
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,6 @@ class PrefillSettings:
     max_timelines: int
     queue_timeout_s: float
     transfer_after: bool  # the sequential baseline: nothing is sent before the prompt is computed
-    digest: str
 
 
 @dataclass(frozen=True)
@@ -249,9 +244,8 @@ class PrefillRole:
         self.engine.submit(placement.sequence)
 
     def blocks_encoded(self, blocks: EncodedBlocks) -> None:
-        """Engine thread: digest the blocks while they are in cache, then give them to the loop."""
-        digest = NO_DIGEST if self.settings.digest == DIGEST_NONE else xxhash.xxh3_128_digest(blocks.payload.data)
-        self._loop.call_soon_threadsafe(self._ship, blocks, digest, time.monotonic())
+        """Engine thread."""
+        self._loop.call_soon_threadsafe(self._ship, blocks, time.monotonic())
 
     def layer_computed(self, chunks: Sequence[PrefillChunk], clock: LayerClock) -> None:
         """Engine thread."""
@@ -261,7 +255,7 @@ class PrefillRole:
         """Engine thread."""
         self._loop.call_soon_threadsafe(self._prefilled, done)
 
-    def _ship(self, blocks: EncodedBlocks, digest: bytes, encoded_s: float) -> None:
+    def _ship(self, blocks: EncodedBlocks, encoded_s: float) -> None:
         def release() -> None:
             self.staging.release(blocks.page)
 
@@ -272,7 +266,6 @@ class PrefillRole:
             blocks.first_block,
             blocks.num_blocks,
             blocks.payload.data,
-            digest,
             encoded_s,
             release,
         )

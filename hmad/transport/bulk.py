@@ -1,7 +1,8 @@
 """The sending end of a bulk connection: LAYER frames leave one after the other, straight from staging.
 
 In a thread of its own, whose socket blocks: a whole frame is one call into the kernel and one turn at Python's lock,
-however often the kernel has to wait for room. The thread that launches GPU work needs that lock all the time.
+however often the kernel has to wait for room. The thread that launches GPU work needs that lock all the time. Payloads
+are digested here, right before they leave: as many at a time as there are connections, and no prompt waits for it.
 """
 
 import asyncio
@@ -14,9 +15,11 @@ from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
 
+from msgspec.structs import replace
+
 from hmad.facts.logs import get_logger
 from hmad.transport.rate import Pacer
-from hmad.wire.frames import FrameWriter
+from hmad.wire.frames import FrameWriter, payload_digest
 from hmad.wire.messages import Layer
 
 log = get_logger(__name__)
@@ -24,8 +27,9 @@ log = get_logger(__name__)
 
 class OutgoingLayer:
     """A LAYER frame on its way. Belongs to whoever was first to ``take`` it: the sending thread, right before its first
-    byte, or the loop's thread, which so keeps it from leaving. ``begun`` and ``sent`` are called on the loop's thread
-    for a frame that leaves; only after ``sent`` may the payload's memory be used again.
+    byte and with the payload's digest in ``message``, or the loop's thread, which so keeps it from leaving. ``begun``
+    and ``sent`` are called on the loop's thread for a frame that leaves; only after ``sent`` may the payload's memory
+    be used again.
     """
 
     def __init__(
@@ -52,8 +56,9 @@ class BulkSender:
     frames for it, hears of them by reports, and closes the socket once the thread has ended.
     """
 
-    def __init__(self, sock: socket.socket, pacer: Pacer) -> None:
+    def __init__(self, sock: socket.socket, pacer: Pacer, digest: str) -> None:
         self.backlog = 0  # frames that the kernel does not have yet
+        self._digest = digest
         self._sock = sock
         self._pacer = pacer
         self._writer = FrameWriter()
@@ -123,6 +128,7 @@ class BulkSender:
         try:
             if layer.is_taken:
                 return
+            layer.message = replace(layer.message, digest=payload_digest(self._digest, layer.payload))
             pieces = self._paced(layer.payload)
             layer.begun_s = time.monotonic()  # a slower link, which a rate cap stands for, would begin here
             first = next(pieces)

@@ -197,7 +197,7 @@ class PrefillSession:
         except BaseException:
             sock.close()
             raise
-        return BulkSender(sock, self._settings.pacer)
+        return BulkSender(sock, self._settings.pacer, self.agreement.digest)
 
     async def run(self) -> None:
         """Carry transfers until the session is lost; raises why."""

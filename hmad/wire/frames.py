@@ -19,6 +19,7 @@ MAGIC = b"HMAD"
 PROTOCOL_VERSION = 1
 DIGEST_XXH3 = "xxh3-128"
 DIGEST_NONE = "none"
+NO_DIGEST = bytes(16)  # of a payload that nobody checks
 
 _FIXED = struct.Struct("<4sBBHIQ")  # magic, protocol version, frame type, number, header_len, payload_len
 _CHECKSUM = struct.Struct("<I")  # xxh32, seed 0, of the fixed fields, the header, and any payload but a LAYER's
@@ -68,6 +69,11 @@ def encode_frame(message: AnyMessage, payload: Payload = b"", number: int = 0) -
     fixed = _FIXED.pack(MAGIC, PROTOCOL_VERSION, frame_type, number % NUMBERS, len(header), payload_bytes)
     checksum = _checksum(fixed + header, b"" if frame_type is FrameType.LAYER else payload)
     return b"".join((fixed, _CHECKSUM.pack(checksum), header))
+
+
+def payload_digest(algorithm: str, payload: Payload) -> bytes:
+    """What a LAYER says of its payload."""
+    return NO_DIGEST if algorithm == DIGEST_NONE else xxhash.xxh3_128_digest(payload)
 
 
 def _checksum(prefix_and_header: bytes | bytearray, payload: Payload) -> int:
