@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from hmad.compute import cuda_buffers, cuda_decode, cuda_graphs, cuda_prefill
+from hmad.compute import cuda_buffers, cuda_decode, cuda_prompt_graphs, cuda_shipping
 from hmad.compute.checkpoint import open_weights, read_config
 from hmad.compute.cuda_backend import CudaBackend
 from hmad.compute.cuda_decode import CudaDecode
@@ -129,15 +129,16 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CudaDecode, "_capture", capture_at_once)
     monkeypatch.setattr(cuda_decode, "reset_counts", reset_in_order)
     monkeypatch.setattr(cuda_buffers.Bundle, "_bring", lambda *arguments: STREAM.do(lambda: bring(*arguments)))
-    for module in (cuda_decode, cuda_graphs):
+    for module in (cuda_decode, cuda_prompt_graphs):
         monkeypatch.setattr(module, "captured", lambda run, pool: UncapturedGraph(run))
-    for module in (cuda_buffers, cuda_decode, cuda_prefill):
+    monkeypatch.setattr(cuda_prompt_graphs, "can_be_captured", lambda dtype: True)  # what is not captured but called
+    for module in (cuda_buffers, cuda_decode, cuda_shipping):
         monkeypatch.setattr(module, "pinned", lambda shape, dtype: torch.zeros(shape, dtype=dtype))
 
 
-def model_on_device(checkpoint: Path) -> Qwen3:
-    """In fp32, by the kernels of the GPU."""
+def model_on_device(checkpoint: Path, precision: str = "fp32") -> Qwen3:
+    """By the kernels of the GPU."""
     config = read_config(checkpoint)
     weights = open_weights(checkpoint, config, "safetensors", 0, DEVICE)
     aligned: Any = SimpleNamespace(read=lambda name: weights.read(name).clone())  # as they are on a GPU
-    return Qwen3(config, "fp32", aligned, CudaBackend("fp32", DEVICE))
+    return Qwen3(config, precision, aligned, CudaBackend(precision, DEVICE))

@@ -87,7 +87,7 @@ class CpuPrefill:
 
         def attend(layer_id: int, projected: Projected) -> torch.Tensor:
             q, k, v = self.model.heads(projected)
-            observer.layer_computed(LayerClock(layer_id, started_s[layer_id], time.monotonic()))
+            observer.layers_computed(LayerClock(range(layer_id, layer_id + 1), started_s[layer_id], time.monotonic()))
             for chunk, rows in packed:
                 self._ship(chunk, layer_id, k[rows], v[rows], observer)
             outs = [self._attend(chunk, layer_id, q[rows], k[rows], v[rows]) for chunk, rows in packed]

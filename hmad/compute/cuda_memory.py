@@ -6,7 +6,7 @@ from math import prod
 import torch
 
 from hmad.compute.checkpoint import ModelConfig, expected_tensors
-from hmad.compute.cuda_graphs import LayerGraphs
+from hmad.compute.cuda_prompt_graphs import PromptGraphs
 from hmad.facts.errors import ConfigError
 from hmad_kernels.triton_attention import MAX_GROUP
 from hmad_kernels.triton_common import HEAD_DIMS
@@ -52,11 +52,12 @@ def weight_bytes(config: ModelConfig, precision: str) -> int:
 def prefill_bytes(config: ModelConfig, max_batch_tokens: int, history_bytes: int) -> dict[str, int]:
     """What a forward pass of prefill needs beside the weights."""
     widths = 4 * config.hidden_size + 5 * config.intermediate_size
-    widths += 3 * (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    graph_rows = min(LayerGraphs.MAX_ROWS, max_batch_tokens)
+    heads_width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    widths += 3 * heads_width
+    graph_rows = min(PromptGraphs.MAX_ROWS, max_batch_tokens)
     return {
         "one batch": 4 * max_batch_tokens * widths,
-        "graphs": 4 * graph_rows * widths,
+        "graphs": 4 * (graph_rows * widths + 2 * PromptGraphs.PIECE_ROWS * heads_width),
         "history": history_bytes,
         "libraries": LIBRARY_BYTES,
     }

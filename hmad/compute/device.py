@@ -91,9 +91,11 @@ class EncodedBlocks:
 
 @dataclass(frozen=True)
 class LayerClock:
-    """When one layer of a batch began, and when its K and V existed (monotonic seconds)."""
+    """When layers of a batch that a device computes at once began, and when the K and V of all of them existed
+    (monotonic seconds).
+    """
 
-    layer_id: int
+    layers: range
     started_s: float
     kv_ready_s: float
 
@@ -103,7 +105,7 @@ class PrefillObserver:
     """What a device calls while a batch computes, from one thread at a time, before ``prefill`` returns."""
 
     blocks_encoded: Callable[[EncodedBlocks], None]
-    layer_computed: Callable[[LayerClock], None]
+    layers_computed: Callable[[LayerClock], None]
 
 
 @dataclass
@@ -123,6 +125,9 @@ class PackedChunks:
         token_ids = [t for c in chunks for t in c.sequence.prompt_token_ids[c.start : c.end]]
         self.token_ids = torch.tensor(token_ids, dtype=torch.int64)
         self.positions = torch.cat([torch.arange(c.start, c.end) for c in chunks])
+
+    def __len__(self) -> int:
+        return len(self._chunks)
 
     def __iter__(self) -> Iterator[tuple[PrefillChunk, slice]]:
         return iter(zip(self._chunks, self._rows, strict=True))

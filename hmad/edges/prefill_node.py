@@ -77,7 +77,7 @@ class PrefillNode:
             opened.device,
             config.max_batch_tokens,
             config.history_bytes,
-            PrefillListener(role.blocks_encoded, role.layer_computed, role.prefill_done),
+            PrefillListener(role.blocks_encoded, role.layers_computed, role.prefill_done),
             waits_for_wire=lambda: staging.is_waited_for,
         )
         link_settings = LinkSettings(

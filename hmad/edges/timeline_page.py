@@ -97,18 +97,23 @@ def drawing(timeline: Timeline) -> str:
     return "".join(parts)
 
 
+def label_of(layers: range) -> str:
+    """A run of layers on a bar."""
+    return name_of(layers).split(maxsplit=1)[1]
+
+
 def compute_bars(timeline: Timeline, scale: Scale) -> list[str]:
-    """One bar for each chunk of each layer."""
+    """One bar for each chunk of each layer, or of layers that were computed at once."""
     return [
         scale.bar(
             COMPUTE_Y,
             span.started_s,
             span.ended_s,
-            "compute" if span.layer_id % 2 else "compute2",
-            f"layer {span.layer_id}: {millis(span.ended_s - span.started_s)}",
-            str(span.layer_id),
+            "compute" if number % 2 else "compute2",
+            f"{name_of(span.layers)}: {millis(span.ended_s - span.started_s)}",
+            label_of(span.layers),
         )
-        for span in timeline.spans.compute
+        for number, span in enumerate(timeline.spans.compute)
         if span.ended_s is not None
     ]
 
@@ -122,10 +127,10 @@ def wire_bars(timeline: Timeline, scale: Scale, first_token_s: float) -> list[st
         if sent_s is None or verified_s is None:
             continue
         together = dict(layers)
-        name = name_of(min(together), len(together))
+        run = range(min(together), max(together) + 1)
         num_bytes = sum(layer.wire_bytes for layer in together.values())
-        title = f"{name}: {size(num_bytes)} in {millis(verified_s - sent_s)}"
-        label = name.split(maxsplit=1)[1]
+        title = f"{name_of(run)}: {size(num_bytes)} in {millis(verified_s - sent_s)}"
+        label = label_of(run)
         fill = "wire" if number % 2 else "wire2"
         if sent_s < first_token_s:
             bars.append(scale.bar(WIRE_Y, sent_s, min(verified_s, first_token_s), fill, title, label))

@@ -64,14 +64,15 @@ def _phases(timeline: Timeline) -> Iterator[dict[str, Any]]:
 
 def _compute(timeline: Timeline) -> Iterator[dict[str, Any]]:
     for span in timeline.spans.compute:
-        args = {"layer": span.layer_id, "kv_ready_ms": round(1e3 * (span.kv_ready_s - span.started_s), 3)}
-        yield from _span(timeline, f"layer {span.layer_id}", PREFILL, COMPUTE, span.started_s, span.ended_s, **args)
+        kv_ready_ms = round(1e3 * (span.kv_ready_s - span.started_s), 3)
+        args = {"layer": span.layers.start, "layers": len(span.layers), "kv_ready_ms": kv_ready_ms}
+        yield from _span(timeline, name_of(span.layers), PREFILL, COMPUTE, span.started_s, span.ended_s, **args)
 
 
 def _frames(timeline: Timeline) -> Iterator[dict[str, Any]]:
     for frame in timeline.spans.frames:
         blocks = f"{frame.first_block}..{frame.first_block + frame.num_blocks - 1}"
-        name = f"{name_of(frame.first_layer, frame.num_layers)}, blocks {blocks}"
+        name = f"{name_of(frame.layers)}, blocks {blocks}"
         args = {"layer": frame.first_layer, "layers": frame.num_layers, "bytes": frame.num_bytes}
         yield from _span(timeline, name, PREFILL, ENCODE, frame.encoded_s, frame.sent_s, **args)
         yield from _span(timeline, name, PREFILL, WIRE, frame.sent_s, frame.copied_s, **args)

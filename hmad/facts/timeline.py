@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 MAX_SPANS = 4096  # of each kind in one request: a very long prompt's later ones are left out
 
 
-def name_of(first_layer: int, num_layers: int) -> str:
+def name_of(layers: range) -> str:
     """A run of layers in words."""
-    return f"layer {first_layer}" if num_layers == 1 else f"layers {first_layer}..{first_layer + num_layers - 1}"
+    return f"layer {layers.start}" if len(layers) == 1 else f"layers {layers.start}..{layers.stop - 1}"
 
 
 @dataclass
 class ComputeSpan:
-    """One layer of one chunk."""
+    """A layer of one chunk, or layers that were computed at once."""
 
-    layer_id: int
+    layers: range
     started_s: float
     kv_ready_s: float
     ended_s: float | None = None  # the next one began, or the first token was there
@@ -53,11 +53,11 @@ class Spans:
     frames: list[FrameSpan] = field(default_factory=list)
     tokens: list[tuple[int, float]] = field(default_factory=list)  # choice, when it came
 
-    def computed(self, layer_id: int, started_s: float, kv_ready_s: float) -> None:
-        """A layer's K and V exist; the layer before it has ended."""
+    def computed(self, layers: range, started_s: float, kv_ready_s: float) -> None:
+        """K and V of these layers exist; those before them have ended."""
         self.compute_ended(started_s)
         if len(self.compute) < self.limit:
-            self.compute.append(ComputeSpan(layer_id, started_s, kv_ready_s))
+            self.compute.append(ComputeSpan(layers, started_s, kv_ready_s))
 
     def compute_ended(self, at_s: float) -> None:
         if self.compute and self.compute[-1].ended_s is None:
@@ -76,7 +76,9 @@ class Spans:
 
 @dataclass
 class LayerTimes:
-    """One layer of one request. The compute times span its chunks, the wire times its frames."""
+    """One layer of one request. The compute times span its chunks, the wire times its frames. Layers that a device
+    computes at once have the same.
+    """
 
     started_s: float  # the layer's compute began
     kv_ready_s: float  # its K and V existed

@@ -224,10 +224,11 @@ class Placement:
         )
 
     def note_layer(self, clock: LayerClock) -> None:
-        """A layer of ours was computed, maybe for one more chunk."""
-        times = self.timeline.layers.setdefault(clock.layer_id, LayerTimes(clock.started_s, clock.kv_ready_s))
-        times.kv_ready_s = clock.kv_ready_s
-        self.timeline.spans.computed(clock.layer_id, clock.started_s, clock.kv_ready_s)
+        """Layers of ours were computed, maybe for one more chunk."""
+        for layer_id in clock.layers:
+            times = self.timeline.layers.setdefault(layer_id, LayerTimes(clock.started_s, clock.kv_ready_s))
+            times.kv_ready_s = clock.kv_ready_s
+        self.timeline.spans.computed(clock.layers, clock.started_s, clock.kv_ready_s)
         self.timeline.prefill_started_s = self.timeline.prefill_started_s or clock.started_s
 
     def ship(self, blocks: StagedBlocks) -> None:

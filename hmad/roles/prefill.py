@@ -247,7 +247,7 @@ class PrefillRole:
         """Engine thread."""
         self._loop.call_soon_threadsafe(self._ship, blocks, time.monotonic())
 
-    def layer_computed(self, chunks: Sequence[PrefillChunk], clock: LayerClock) -> None:
+    def layers_computed(self, chunks: Sequence[PrefillChunk], clock: LayerClock) -> None:
         """Engine thread."""
         self._loop.call_soon_threadsafe(self._note_layer, [chunk.sequence for chunk in chunks], clock)
 

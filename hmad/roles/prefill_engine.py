@@ -36,7 +36,7 @@ class PrefillListener:
     """Who hears of a prefill engine's work, on its thread."""
 
     blocks_encoded: Callable[[EncodedBlocks], None]
-    layer_computed: Callable[[Sequence[PrefillChunk], LayerClock], None]
+    layers_computed: Callable[[Sequence[PrefillChunk], LayerClock], None]
     prefill_done: Callable[[PrefillDone], None]
 
 
@@ -121,16 +121,16 @@ class PrefillEngine(Engine):
     def _prefill(self, chunks: list[PrefillChunk]) -> dict[PrefillSequence, list[SampledToken]]:
         last_s = time.monotonic()
 
-        def layer_computed(clock: LayerClock) -> None:
+        def layers_computed(clock: LayerClock) -> None:
             nonlocal last_s
             self._progress(max(0.0, clock.kv_ready_s - last_s))  # a device may tell of several layers at once
             last_s = clock.kv_ready_s
-            self._listener.layer_computed(chunks, clock)
+            self._listener.layers_computed(chunks, clock)
 
         self._begin(sum(chunk.num_tokens for chunk in chunks))
         try:
             return self._device.prefill(
-                chunks, PrefillObserver(self._listener.blocks_encoded, layer_computed)
+                chunks, PrefillObserver(self._listener.blocks_encoded, layers_computed)
             ).first_tokens
         except Exception as error:
             log.exception("a prefill batch failed")
