@@ -53,7 +53,7 @@ def prefilled_values(device: str, precision: str, kv: KVFormat) -> list[torch.Te
         for sequence in sequences:
             raw = torch.from_numpy(prefilled.raw(sequence, layer_id))
             values += decode(kv, raw, len(sequence.prompt_token_ids), 2, 64)
-    assert [c.layer_id for c in prefilled.clocks] == list(range(GEOMETRY.num_layers))
+    assert [layer_id for clock in prefilled.clocks for layer_id in clock.layers] == list(range(GEOMETRY.num_layers))
     assert all(c.started_s <= c.kv_ready_s for c in prefilled.clocks)
     assert prefilled.staging.free_pages == 64
     return values + [logits_of(tokens[s][0]) for s in sequences]

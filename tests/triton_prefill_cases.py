@@ -350,6 +350,34 @@ def test_the_last_page_leaves_before_the_first_token_is_drawn(
     assert num_shipped == [GEOMETRY.num_layers]
 
 
+@pytest.mark.parametrize("max_batch_tokens", [16, 256], ids=["launched", "captured"])
+def test_a_batch_waits_for_the_device_by_events_alone(
+    checkpoint: Path, max_batch_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy to the host that waits inside the driver holds up all other threads, shipping among them."""
+    model = load_model(checkpoint, "fp32") if INTERPRETED else model_on_device(checkpoint, "bf16")
+    prefilled, begun = prefilled_by(model, NUM_PAGES, 1, max_batch_tokens), []
+    begins = cuda_shipping.Shipping.layers_begin
+    waits: dict[str, Callable[..., object]] = {name: getattr(torch.Tensor, name) for name in ("cpu", "item", "to")}
+
+    def watched(shipping: cuda_shipping.Shipping) -> None:
+        begun.append(True)  # before, there is nothing to wait for
+        begins(shipping)
+
+    def waiting(name: str) -> Callable[..., object]:
+        def wait(tensor: torch.Tensor, *arguments: Any, **options: Any) -> object:
+            assert not begun or options.get("non_blocking"), name
+            return waits[name](tensor, *arguments, **options)
+
+        return wait
+
+    monkeypatch.setattr(cuda_shipping.Shipping, "layers_begin", watched)
+    for name in waits:
+        monkeypatch.setattr(torch.Tensor, name, waiting(name))
+    sequence = sequence_of(prompt_of(20), FORMATS["int8"])
+    assert prefilled.run(PrefillChunk(sequence, 20))[sequence]
+
+
 def test_a_cancelled_prompt_ships_no_more_and_keeps_no_page(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prefilled = shipping(checkpoint, blocks_per_page=2)
     gone, good = (sequence_of(prompt_of(length), FORMATS["int8"]) for length in (9, 12))

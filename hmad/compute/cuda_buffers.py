@@ -30,6 +30,19 @@ def brought(values: Sequence[int] | np.ndarray, device: torch.device) -> Tensor:
     return on_host.to(device, non_blocking=True)  # torch keeps the pinned memory until it is read
 
 
+def fetched(*tensors: Tensor) -> list[np.ndarray]:
+    """Their values on the host, once the current stream is through. Only the caller waits, by an event: a copy into
+    memory that is not pinned waits inside the driver, and holds up every other thread of the process meanwhile.
+    """
+    on_host = [pinned(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+    for values, tensor in zip(on_host, tensors, strict=True):
+        values.copy_(tensor, non_blocking=True)
+    done = torch.cuda.Event(blocking=True)
+    done.record()
+    done.synchronize()
+    return [values.numpy() for values in on_host]
+
+
 @dataclass(frozen=True)
 class Field:
     """One array of a bundle."""

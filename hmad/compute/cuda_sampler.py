@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hmad.compute.cuda_buffers import Bundle, Field, brought
+from hmad.compute.cuda_buffers import Bundle, Field, brought, fetched
 from hmad.compute.device import Outcome, Outcomes
 from hmad.compute.sampler import SamplerInput, describe, non_finite
 from hmad.compute.sequence import DecodeSequence
@@ -98,5 +98,6 @@ def sample_once(logits: Tensor, rows: Sequence[SamplerInput]) -> list[Outcome]:
     tokens = torch.empty(num_rows, dtype=torch.int64, device=device)
     tops = torch.empty(num_rows, dtype=torch.float32, device=device)
     sample_rows(logits, device_sampling(columns.on_device, num_rows), counts, tokens, tops)
-    raw = {row: logits[row].cpu().numpy() for row in settings["is_described"].nonzero()[0].tolist()}
-    return list(outcomes_of(rows, columns.arrays["index"], tokens.cpu().numpy(), tops.cpu().numpy(), raw))
+    described = settings["is_described"].nonzero()[0].tolist()
+    token_ids, largest, *raw = fetched(tokens, tops, *(logits[row] for row in described))
+    return list(outcomes_of(rows, columns.arrays["index"], token_ids, largest, dict(zip(described, raw, strict=True))))
