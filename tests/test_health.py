@@ -73,7 +73,7 @@ class ToldDevice:
         raise NotImplementedError
 
     def prefill(self, chunks: Sequence[PrefillChunk], observer: PrefillObserver) -> PrefillResult:
-        observer.layers_computed(LayerClock(0, time.monotonic(), time.monotonic()))
+        observer.layers_computed(LayerClock(range(1), time.monotonic(), time.monotonic()))
         assert self.go.wait(HANG_S)
         for chunk in chunks:
             chunk.sequence.num_computed = chunk.end
@@ -116,7 +116,7 @@ class BurstDevice(ToldDevice):
         threading.Event().wait(self.NUM_LAYERS * self.LAYER_S)
         for layer_id in range(self.NUM_LAYERS):
             ready_s = begin_s + (layer_id + 1) * self.LAYER_S
-            observer.layers_computed(LayerClock(layer_id, ready_s - self.LAYER_S, ready_s))
+            observer.layers_computed(LayerClock(range(layer_id, layer_id + 1), ready_s - self.LAYER_S, ready_s))
         return super().prefill(chunks, observer)
 
 

@@ -54,8 +54,8 @@ class Tags(HTMLParser):
 def timeline(**changes: object) -> Timeline:
     """Two layers of 10 ms; the first is on the wire while the second computes, the second for 4 ms too long."""
     spans = Spans()
-    spans.computed(0, 1.000, 1.002)
-    spans.computed(1, 1.010, 1.012)
+    spans.computed(range(1), 1.000, 1.002)
+    spans.computed(range(1, 2), 1.010, 1.012)
     spans.compute_ended(1.020)
     spans.frames.append(FrameSpan(0, 1, 0, 3, 900, 1.003, 1.004, 1.005, 1.0085, 1.009))
     spans.frames.append(FrameSpan(1, 1, 0, 3, 900, 1.013, 1.014, 1.015, 1.0235, 1.024))
@@ -100,6 +100,21 @@ def test_layers_in_one_frame_are_one_bar() -> None:
     assert "layers 0..1, blocks 0..2" in names
 
 
+def test_layers_that_are_computed_at_once_are_one_bar() -> None:
+    """As a short prompt's are on a GPU."""
+    told, run = timeline(), range(2, 8)
+    told.spans.compute_ended(1.020)
+    told.spans.computed(run, 1.020, 1.028)
+    told.spans.compute_ended(1.030)
+    page = timeline_page(told)
+    assert page.count('fill="var(--compute') == 3
+    assert "layers 2..7: 10.0 ms" in page
+    assert ">2..7</text>" in page
+    (span,) = (event for event in chrome_trace(told)["traceEvents"] if event["name"] == "layers 2..7")
+    assert (span["ts"], span["dur"]) == (40_000, 10_000)
+    assert span["args"] == {"layer": 2, "layers": 6, "kv_ready_ms": 8.0}
+
+
 def test_timeline_page_of_a_request_that_broke_early() -> None:
     page = timeline_page(Timeline("ab12", 90, 0.98, 0.99))
     assert "ended before its prompt was computed" in page
@@ -133,7 +148,7 @@ def test_trace_is_what_perfetto_reads() -> None:
 def test_spans_are_bounded() -> None:
     spans = Spans(limit=2)
     for i in range(5):
-        spans.computed(i, i, i + 0.5)
+        spans.computed(range(i, i + 1), i, i + 0.5)
         spans.frame(FrameSpan(i, 1, 0, 1, 1, i))
         spans.token(0, i)
     assert [len(spans.compute), len(spans.frames), len(spans.tokens)] == [2, 2, 2]

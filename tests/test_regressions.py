@@ -14,7 +14,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
-from test_transport import LIMITS, NUM_SLOTS, PATIENCE_S, Decode, frame, linked, pair, random_kv, send, serving, until
+from test_transport import (
+    LIMITS,
+    NUM_SLOTS,
+    PATIENCE_S,
+    Decode,
+    linked,
+    pair,
+    random_kv,
+    send,
+    send_damaged,
+    serving,
+    until,
+)
 
 from hmad.compute.device import PrefillResult, PrefillSequence
 from hmad.compute.staging import StagingPool
@@ -74,11 +86,10 @@ async def test_slots_that_the_engine_frees_late_are_told_too(monkeypatch: pytest
         await until(lambda: other.free_slots == NUM_SLOTS)
 
 
-async def test_decode_node_counts_its_errors_by_cause() -> None:
+async def test_decode_node_counts_its_errors_by_cause(monkeypatch: pytest.MonkeyPatch) -> None:
     async with pair() as p:
         lease = await p.lease(4)
-        blocks = frame(random_kv(4), range(1), 0, 4)
-        lease.send_blocks(type(blocks)(**{**vars(blocks), "digest": bytes(16)}))
+        send_damaged(lease, monkeypatch)
         with pytest.raises(TransferAborted):
             await asyncio.wait_for(lease.next_token(), PATIENCE_S)
         p.link.session.send(m.Grant(bytes(16), 0, 1.0))  # not a prefill node's to send
