@@ -1,6 +1,7 @@
 """The CUDA devices beside the CPU's, whose numerics they share: skipped where there is no GPU."""
 
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from prefilled import Prefilled, sequence_of
 
 from hmad.compute.codecs import decode
 from hmad.compute.cpu import CpuDecode, CpuPrefill
+from hmad.compute.cuda_buffers import fetched
 from hmad.compute.device import PrefillChunk
 from hmad.compute.loading import load_model
 from hmad.compute.staging import StagingPool
@@ -97,6 +99,29 @@ def test_chunks_of_a_cut_prompt_equal_one_pass() -> None:
         ]
         for ours, theirs in zip(*pair, strict=True):
             assert relative_error(ours, theirs) < CLOSE
+
+
+def test_other_threads_go_on_while_a_value_is_fetched() -> None:
+    """Shipping does, while the thread that has launched a prompt waits for its first token."""
+    over, num_ticks = threading.Event(), 0
+    happened = torch.cuda.Event()
+    happened.record(torch.cuda.Stream())
+
+    def tick() -> None:
+        nonlocal num_ticks
+        while not over.wait(0.001):
+            num_ticks += happened.query()
+
+    ticking = threading.Thread(target=tick)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(10**9)  # cycles: half a second
+        value = torch.full((1,), 7, device="cuda")
+        ticking.start()
+        [on_host] = fetched(value)
+    over.set()
+    ticking.join()
+    assert on_host.tolist() == [7]
+    assert num_ticks > 50
 
 
 # --- decode ---
