@@ -13,7 +13,8 @@ import triton.language as tl
 
 from hmad_kernels.triton_common import check_place, check_tensor, interprets, store_rounded, to_f32
 
-MOST_ROWS = 16  # beyond, libraries are as good
+TUNED_ROWS = (1, 8, 16)  # that the kernel is compiled for
+MOST_ROWS = TUNED_ROWS[-1]  # beyond, libraries are as good
 WIDE = 16384  # output columns from which on programs of 64 are enough to keep every multiprocessor reading
 
 
@@ -41,7 +42,7 @@ def tuning_for(num_rows: int, num_columns: int) -> Tuning:
     """The configuration for x [num_rows, K] and a weight [num_columns, K]."""
     if num_rows == 1:
         return Tuning(rows=1, columns=8, depth=512, num_stages=3)
-    rows = 8 if num_rows <= 8 else 16
+    rows = next(rows for rows in TUNED_ROWS if rows >= num_rows)
     if num_columns >= WIDE:
         return Tuning(rows, columns=64, depth=128, num_stages=3)
     return Tuning(rows, columns=32, depth=256, num_stages=4)
@@ -76,7 +77,7 @@ def linear_few_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _linear_kernel(
     x, weight, out, num_rows, num_columns, depth,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,

@@ -5,10 +5,11 @@ copied to the host at once, so that no late test may ask for them.
 """
 
 import os
+import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from hmad.compute import cuda_buffers, cuda_decode, cuda_prompt_graphs, cuda_shipping
+from hmad.compute import cuda_buffers, cuda_decode, cuda_prefill_graphs, cuda_shipping
 from hmad.compute.checkpoint import open_weights, read_config
 from hmad.compute.cuda_backend import CudaBackend
 from hmad.compute.cuda_decode import CudaDecode
@@ -129,11 +130,101 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CudaDecode, "_capture", capture_at_once)
     monkeypatch.setattr(cuda_decode, "reset_counts", reset_in_order)
     monkeypatch.setattr(cuda_buffers.Bundle, "_bring", lambda *arguments: STREAM.do(lambda: bring(*arguments)))
-    for module in (cuda_decode, cuda_prompt_graphs):
+    for module in (cuda_decode, cuda_prefill_graphs):
         monkeypatch.setattr(module, "captured", lambda run, pool: UncapturedGraph(run))
-    monkeypatch.setattr(cuda_prompt_graphs, "can_be_captured", lambda dtype: True)  # what is not captured but called
+    monkeypatch.setattr(cuda_prefill_graphs, "can_be_captured", lambda dtype: True)  # what is not captured but called
+    monkeypatch.setattr(cuda_buffers, "pinned_page", lambda num_bytes: torch.empty(num_bytes, dtype=torch.uint8))
     for module in (cuda_buffers, cuda_decode, cuda_shipping):
         monkeypatch.setattr(module, "pinned", lambda shape, dtype: torch.zeros(shape, dtype=dtype))
+
+
+class LateStream(HostStream):
+    """Does nothing before somebody waits for it."""
+
+    current: "LateStream | None" = None
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.is_late = False
+        self._work: deque[Callable[[], object]] = deque()
+        self._lock = threading.RLock()
+
+    def do(self, run: Callable[[], object]) -> None:
+        self._work.append(run)
+        if not self.is_late:
+            self.synchronize()
+
+    def synchronize(self, until: "LateEvent | None" = None) -> None:
+        with self._lock:
+            while self._work and not (until and until.happened):
+                self._work.popleft()()
+
+    def wait_event(self, event: HostEvent) -> None:
+        assert isinstance(event, LateEvent)
+        event.stream.synchronize(until=event)
+
+
+class LateEvent(HostEvent):
+    stream: LateStream
+    happened = False
+
+    def record(self, stream: HostStream | None = None) -> None:
+        into = stream or LateStream.current
+        assert isinstance(into, LateStream)
+        self.stream = into
+
+        def happen() -> None:
+            self._happened_s, self.happened = time.perf_counter(), True
+
+        into.do(happen)
+
+    def synchronize(self) -> None:
+        """Other threads wait for what the thread that launches waits for."""
+        while not self.happened and threading.current_thread() is not threading.main_thread():
+            time.sleep(0.001)
+        self.stream.synchronize(until=self)
+
+
+def side_stream_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What prefill packs and copies happens at the last moment: when the compute stream waits for it, or the batch
+    ends. Comes after ``stand_in``.
+    """
+    begin, finish = cuda_shipping.Shipping.layers_begin, cuda_shipping.Shipping.finish
+    copy, pack = torch.Tensor.copy_, cuda_shipping.pack_blocks
+
+    @contextmanager
+    def stream(entered: LateStream) -> Iterator[None]:
+        before, LateStream.current = LateStream.current, entered
+        yield
+        LateStream.current = before
+
+    def launch(run: Callable[[], object]) -> None:
+        assert LateStream.current is not None
+        LateStream.current.do(run)
+
+    def copy_late(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        if not non_blocking:
+            return copy(target, source)
+        launch(lambda: copy(target, source))
+        return target
+
+    def begin_late(shipping: cuda_shipping.Shipping) -> None:
+        side: Any = shipping._way.side_stream
+        side.is_late = True
+        begin(shipping)
+
+    def finish_in_time(shipping: cuda_shipping.Shipping) -> None:
+        side: Any = shipping._way.side_stream
+        side.is_late = False
+        side.synchronize()
+        finish(shipping)
+
+    monkeypatch.setattr(torch.cuda, "Stream", LateStream)
+    monkeypatch.setattr(torch.cuda, "Event", LateEvent)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.Tensor, "copy_", copy_late)
+    monkeypatch.setattr(cuda_shipping, "pack_blocks", lambda *arguments: launch(lambda: pack(*arguments)))
+    monkeypatch.setattr(cuda_shipping.Shipping, "layers_begin", begin_late)
+    monkeypatch.setattr(cuda_shipping.Shipping, "finish", finish_in_time)
 
 
 def model_on_device(checkpoint: Path, precision: str = "fp32") -> Qwen3:

@@ -41,7 +41,7 @@ from hmad.transport.liveness import DEAD_AFTER_S
 from hmad.transport.prefill_link import LinkSettings, PeerLink, connect_socket
 from hmad.transport.rate import MAX_LATENESS_S, Pacer
 from hmad.wire import messages as m
-from hmad.wire.frames import DIGEST_XXH3, NO_DIGEST, FrameReader, FrameWriter, encode_frame
+from hmad.wire.frames import DIGEST_NONE, DIGEST_XXH3, NO_DIGEST, FrameReader, FrameWriter, encode_frame
 from hmad.wire.handshake import NodeIdentity, PrefillHandshake
 from hmad.wire.prefill_transfers import PrefillTransfers
 from hmad.wire.transfers import root_digest
@@ -71,7 +71,7 @@ def identity(role: str, **changes: Any) -> NodeIdentity:
         num_heads=GEOMETRY.num_kv_heads,
         formats=tuple(FORMATS),
         limits=LIMITS,
-        digests=("xxh3-128",),
+        digests=(DIGEST_XXH3,) if role == "prefill" else (DIGEST_XXH3, DIGEST_NONE),
     )
     return replace(node, **changes)
 
@@ -634,9 +634,21 @@ async def test_a_peer_that_resets_ends_the_sender_with_an_error() -> None:
         await until(lambda: not bulk._thread.is_alive())
 
 
-async def test_a_capped_frame_is_on_the_wire_as_long_as_the_cap_says() -> None:
-    """Also one that is a single slice, which waits for its turn and then leaves at once."""
+async def test_a_capped_frame_is_on_the_wire_as_long_as_the_cap_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that is a single slice, which waits for its turn and then leaves at once. Its digest takes none of that
+    time."""
     rate, num_bytes = 4e4, 4000  # a tenth of a second: a thread that starts late is late by little
+    happened: list[str] = []
+    digest, skip_idle = bulk_sending.payload_digest, Pacer.skip_idle
+
+    def digest_it(name: str, payload: memoryview) -> bytes:
+        happened.append("digested")
+        return digest(name, payload)
+
+    def begin_to_count(pacer: Pacer) -> None:
+        happened.append("begun to count")
+        skip_idle(pacer)
+
     async with stalled_socket() as (sock, _):
         pacer = Pacer(rate)
         bulk = BulkSender(sock, pacer, DIGEST_XXH3)
@@ -644,9 +656,13 @@ async def test_a_capped_frame_is_on_the_wire_as_long_as_the_cap_says() -> None:
         layer = OutgoingLayer(
             m.Layer(bytes(16), 0, 0, 1, 0, 1, 0, 4, bytes(16)), memoryview(bytes(num_bytes)), ignore, ignore
         )
+        await asyncio.sleep(0.05)  # the thread waits for a frame
         pacer.skip_idle()
+        monkeypatch.setattr(bulk_sending, "payload_digest", digest_it)
+        monkeypatch.setattr(Pacer, "skip_idle", begin_to_count)
         bulk.put(layer)
         await until(lambda: bulk.backlog == 0)
+        assert happened[0] == "digested"
         assert layer.sent_s - layer.begun_s >= 0.75 * num_bytes / rate  # less what passed since the cap began to count
         sender.cancel()
         await asyncio.wait([sender], timeout=PATIENCE_S)
@@ -895,6 +911,24 @@ async def test_slots_of_a_lost_session_stay_taken_while_a_thread_may_write_to_th
         stop_thread()
         await until(lambda: decode.idle)
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize("agreed", [DIGEST_XXH3, DIGEST_NONE])
+async def test_payloads_are_digested_as_was_agreed(agreed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[tuple[str, bytes]] = []
+    digest = bulk_sending.payload_digest
+
+    def watched(name: str, payload: memoryview) -> bytes:
+        said.append((name, digest(name, payload)))
+        return said[-1][1]
+
+    monkeypatch.setattr(bulk_sending, "payload_digest", watched)
+    async with pair(digests=(agreed,)) as p:
+        lease, kv = await p.lease(4), random_kv(4)
+        send(lease, kv, per_frame=4)
+        await p.commit(lease)
+    expected = [digest_of(layer.reshape(-1)) if agreed == DIGEST_XXH3 else bytes(16) for layer in kv]
+    assert said == [(agreed, each) for each in expected]
 
 
 async def test_a_wrong_digest_ends_its_transfer_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,23 +8,24 @@ from queue import Queue
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import write_checkpoint
 from decoders import PATIENCE_S, logits_of, poison_token, relative_error
-from host_as_device import INTERPRETED, model_on_device, stand_in
+from host_as_device import DEVICE, INTERPRETED, model_on_device, side_stream_is_late, stand_in
 from prefilled import Prefilled, sequence_of
 
-from hmad.compute import cuda_prefill, cuda_shipping
+from hmad.compute import cuda_buffers, cuda_prefill, cuda_shipping
 from hmad.compute.codecs import decode
 from hmad.compute.cpu import CpuPrefill
 from hmad.compute.cuda_prefill import CudaPrefill
-from hmad.compute.cuda_prompt_graphs import PromptGraphs
-from hmad.compute.device import EncodedBlocks, PrefillChunk, PrefillSequence
+from hmad.compute.cuda_prefill_graphs import PrefillGraphs, Shape
+from hmad.compute.device import EncodedBlocks, PackedChunks, PrefillChunk, PrefillSequence
 from hmad.compute.loading import load_model
 from hmad.compute.model import Qwen3
 from hmad.compute.staging import StagingPool
-from hmad.facts.errors import NonFiniteKVError
+from hmad.facts.errors import LocalError, NonFiniteKVError
 from hmad.facts.formats import FORMATS, KVFormat, KVGeometry
 from hmad.facts.sampling import SamplingParams
 
@@ -216,6 +217,29 @@ def test_a_page_takes_so_many_layers_and_no_more(checkpoint: Path, monkeypatch: 
         frames.clear()
 
 
+@pytest.mark.parametrize("max_batch_tokens", [16, 256], ids=["launched", "captured"])
+def test_however_late_it_is_packed_it_is_what_was_computed(
+    checkpoint: Path, max_batch_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The K and V of a layer stay until they are packed, whatever the compute stream goes on to."""
+    model = load_model(checkpoint, "fp32") if INTERPRETED else model_on_device(checkpoint, "bf16")
+    lengths: list[tuple[KVFormat | None, int]] = [(FORMATS["bf16"], 9), (FORMATS["int8"], 20)]
+    expected = values_of(prefilled_by(model, NUM_PAGES, 1, max_batch_tokens), lengths)
+    if INTERPRETED:
+        side_stream_is_late(monkeypatch)
+    else:
+        pack = cuda_shipping.pack_blocks
+
+        def pack_late(*arguments: Any) -> None:
+            torch.cuda._sleep(10**7)  # cycles: milliseconds
+            pack(*arguments)
+
+        monkeypatch.setattr(cuda_shipping, "pack_blocks", pack_late)
+    prefilled = prefilled_by(model, NUM_PAGES, 1, max_batch_tokens)
+    prefilled.device._graphs.MOST_LAYERS = 1  # type: ignore[attr-defined]
+    assert all(relative_error(a, b) < CLOSE for a, b in zip(values_of(prefilled, lengths), expected, strict=True))
+
+
 @pytest.mark.parametrize("layers_at_once", [1, 3])
 def test_pages_that_are_not_full_leave_when_there_are_no_more(checkpoint: Path, layers_at_once: int) -> None:
     """Three prompts whose three layers would fit into a page each, and two pages."""
@@ -254,42 +278,97 @@ def test_rows_beyond_the_batch_are_nobodys(checkpoint: Path) -> None:
     assert all((a == b).all() for a, b in zip(values_of(prefilled, lengths), expected, strict=True))
 
 
-def test_more_prompts_than_a_captured_pass_takes_are_launched(
+def test_attention_is_captured_for_whole_prompts_and_not_too_many(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And one fewer fills it, with rows to spare."""
-    prefilled, passes = shipping(checkpoint), []
-    monkeypatch.setattr(PromptGraphs, "MOST_PROMPTS", 3)
-    forward, launched = PromptGraphs.forward, Qwen3.forward
+    """What is launched between pieces, or kernel by kernel, says the same."""
+    prefilled, shapes = shipping(checkpoint, layers_at_once=3), []
+    monkeypatch.setattr(PrefillGraphs, "MOST_PROMPTS", 3)
+    shape_of = PrefillGraphs.shape_of
 
-    def watch_captured(graphs: PromptGraphs, *arguments: Any) -> Any:
-        passes.append("captured")
-        return forward(graphs, *arguments)
+    def watched(graphs: PrefillGraphs, packed: PackedChunks) -> Shape | None:
+        shapes.append(shape_of(graphs, packed))
+        return shapes[-1]
 
-    def watch_launched(model: Qwen3, *arguments: Any) -> Any:
-        passes.append("launched")
-        return launched(model, *arguments)
-
-    monkeypatch.setattr(PromptGraphs, "forward", watch_captured)
-    monkeypatch.setattr(Qwen3, "forward", watch_launched)
+    monkeypatch.setattr(PrefillGraphs, "shape_of", watched)
     lengths: list[tuple[KVFormat | None, int]] = [(FORMATS["int8"], length) for length in (3, 9, 5)]
     captured = values_of(prefilled, lengths)
-    launched_values = values_of(prefilled, [*lengths, (None, 2)])
-    assert passes == ["captured", "launched"]
-    del launched_values[len(lengths)]  # the last one's logits
+    outside = values_of(prefilled, [*lengths, (None, 2)])
+    prefilled.device._graphs.max_rows = 16  # type: ignore[attr-defined]
+    launched = values_of(prefilled, lengths)
+    assert shapes == [Shape(32, 3, True), Shape(32, 1, False), None]
+    del outside[len(lengths)]  # the last one's logits
     close = CLOSE if INTERPRETED else 0.05  # a GPU computes in bf16 there, and other numbers of rows in another order
-    assert all(relative_error(a, b) < close for a, b in zip(captured, launched_values, strict=True))
+    for others in (outside, launched):
+        assert all(relative_error(a, b) < close for a, b in zip(captured, others, strict=True))
 
 
-@pytest.mark.parametrize("num_layers", [3, 28, 36, 40, 64, 67])
-def test_pieces_have_as_many_layers_each_and_about_a_millisecond_of_work(num_layers: int) -> None:
-    graphs = PromptGraphs.__new__(PromptGraphs)
+@pytest.mark.parametrize("num_rows", [16, 17, 32])
+def test_a_batch_as_large_as_may_be_is_captured(checkpoint: Path, num_rows: int) -> None:
+    model = load_model(checkpoint, "fp32") if INTERPRETED else model_on_device(checkpoint, "bf16")
+    graphs = prefilled_by(model, 1, 1, max_batch_tokens=num_rows).device._graphs  # type: ignore[attr-defined]
+    sequences = [sequence_of(prompt_of(length), None) for length in (num_rows, graphs.max_rows + 1)]
+    fits, exceeds = (graphs.shape_of(PackedChunks([PrefillChunk(s, s.num_remaining)])) for s in sequences)
+    assert fits == Shape(graphs.max_rows, 3, True)
+    assert exceeds is None
+    assert graphs.max_rows == -(-num_rows // 16) * 16
+
+
+@pytest.mark.parametrize("max_batch_tokens", [16, 256], ids=["launched", "captured"])
+def test_a_cut_prompt_without_a_history_is_refused(checkpoint: Path, max_batch_tokens: int) -> None:
+    model = load_model(checkpoint, "fp32") if INTERPRETED else model_on_device(checkpoint, "bf16")
+    prefilled = prefilled_by(model, NUM_PAGES, 1, max_batch_tokens)
+    with pytest.raises(LocalError, match="without a history"):
+        prefilled.run(PrefillChunk(sequence_of(prompt_of(40), FORMATS["int8"]), 32))
+    assert prefilled.staging.free_pages == NUM_PAGES
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "expected"),
+    [
+        (28, {16: 7, 256: 7, 512: 4, 640: 2, 1024: 2, 1280: 1, 2048: 1}),
+        (36, {16: 12, 192: 9, 256: 6, 512: 4, 640: 3, 1024: 2, 1280: 1, 2048: 1}),
+        (40, {16: 10, 192: 10, 256: 8, 512: 4, 640: 2, 1024: 2, 1280: 1, 2048: 1}),
+        (64, {16: 8, 256: 8, 512: 4, 640: 2, 1024: 2, 1280: 1, 2048: 1}),
+        (67, {16: 1, 2048: 1}),
+    ],
+)
+def test_pieces_have_as_many_layers_each_and_not_too_much_work(num_layers: int, expected: dict[int, int]) -> None:
+    graphs = PrefillGraphs.__new__(PrefillGraphs)
     graphs._model = SimpleNamespace(config=SimpleNamespace(num_layers=num_layers))  # type: ignore[assignment]
-    for num_rows in range(16, PromptGraphs.MAX_ROWS + 1, 16):
-        count = graphs.layers_of_a_piece(num_rows)
-        assert num_layers % count == 0
-        assert 1 <= count <= PromptGraphs.MOST_LAYERS
-        assert count * num_rows <= PromptGraphs.PIECE_ROWS
+    assert {rows: graphs._shape(rows, attends=True).layers_of_a_piece for rows in expected} == expected
+    assert {graphs._shape(rows, attends=False).layers_of_a_piece for rows in expected} == {1}
+
+
+def test_layers_are_told_of_though_no_page_is_full(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever watches over progress hears of two layers before the third begins."""
+    prefilled, num_told = shipping(checkpoint, blocks_per_page=8), []
+    begins = cuda_shipping.Shipping.layers_begin
+    monkeypatch.setattr(cuda_shipping, "LAYER_ROWS_TOLD", 2 * 9)
+
+    def watched(batch: cuda_shipping.Shipping) -> None:
+        wait_until(lambda: len(prefilled.clocks) == len(num_told) // 2 * 2)
+        num_told.append(len(prefilled.clocks))
+        begins(batch)
+
+    monkeypatch.setattr(cuda_shipping.Shipping, "layers_begin", watched)
+    prefilled.run(PrefillChunk(sequence_of(prompt_of(9), FORMATS["int8"]), 9))
+    assert num_told == [0, 0, 2]
+    assert [clock.layers for clock in prefilled.clocks] == [range(n, n + 1) for n in range(3)]
+
+
+def test_what_is_fetched_comes_through_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    page_of, pages = cuda_buffers.pinned_page, []
+
+    def watched(num_bytes: int) -> torch.Tensor:
+        pages.append(page_of(num_bytes))
+        return pages[-1]
+
+    monkeypatch.setattr(cuda_buffers, "pinned_page", watched)
+    tensors = [torch.arange(3, device=DEVICE), torch.full((2, 2), 0.5, device=DEVICE)]
+    fetched = cuda_buffers.fetched(*tensors)
+    assert [values.tolist() for values in fetched] == [[0, 1, 2], [[0.5, 0.5], [0.5, 0.5]]]
+    assert all(np.shares_memory(values, page.numpy()) for values, page in zip(fetched, pages, strict=True))
 
 
 def test_what_the_device_cannot_do_fails_the_batch_and_keeps_no_page(
@@ -311,7 +390,10 @@ def test_what_the_device_cannot_do_fails_the_batch_and_keeps_no_page(
     assert not prefilled.blocks
 
 
-@pytest.mark.parametrize(("launch", "number"), [("pack_blocks", 4), ("copy_", 1), ("copy_", 4)])
+# The first copy brings the batch to the device.
+@pytest.mark.parametrize(
+    ("launch", "number"), [("pack_blocks", 4), ("copy_", 1), ("copy_", 2), ("copy_", 3), ("copy_", 4)]
+)
 def test_what_cannot_be_launched_fails_the_batch_and_keeps_no_page(
     checkpoint: Path, launch: str, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -379,7 +461,9 @@ def test_a_batch_waits_for_the_device_by_events_alone(
 
 
 def test_a_cancelled_prompt_ships_no_more_and_keeps_no_page(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prefilled = shipping(checkpoint, blocks_per_page=2)
+    prefilled, acquired = shipping(checkpoint, blocks_per_page=2), []
+    acquire = prefilled.staging.acquire
+    monkeypatch.setattr(prefilled.staging, "acquire", lambda: acquired.append(True) or acquire())
     gone, good = (sequence_of(prompt_of(length), FORMATS["int8"]) for length in (9, 12))
     begins, num_begun = cuda_shipping.Shipping.layers_begin, iter(range(3))
 
@@ -392,6 +476,7 @@ def test_a_cancelled_prompt_ships_no_more_and_keeps_no_page(checkpoint: Path, mo
     assert {sequence for sequence, _, _ in prefilled.blocks} == {good}
     assert len(prefilled.blocks) == GEOMETRY.num_layers
     assert good in tokens
+    assert len(acquired) == 1 + 2  # two layers a page
     assert prefilled.staging.free_pages == NUM_PAGES
 
 

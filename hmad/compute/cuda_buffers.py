@@ -34,7 +34,7 @@ def fetched(*tensors: Tensor) -> list[np.ndarray]:
     """Their values on the host, once the current stream is through. Only the caller waits, by an event: a copy into
     memory that is not pinned waits inside the driver, and holds up every other thread of the process meanwhile.
     """
-    on_host = [pinned(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+    on_host = [pinned_page(tensor.nbytes).view(tensor.dtype).view(tensor.shape) for tensor in tensors]
     for values, tensor in zip(on_host, tensors, strict=True):
         values.copy_(tensor, non_blocking=True)
     done = torch.cuda.Event(blocking=True)

@@ -6,7 +6,7 @@ from math import prod
 import torch
 
 from hmad.compute.checkpoint import ModelConfig, expected_tensors
-from hmad.compute.cuda_prompt_graphs import PromptGraphs
+from hmad.compute.cuda_prefill_graphs import PrefillGraphs
 from hmad.facts.errors import ConfigError
 from hmad_kernels.triton_attention import MAX_GROUP
 from hmad_kernels.triton_common import HEAD_DIMS
@@ -54,10 +54,11 @@ def prefill_bytes(config: ModelConfig, max_batch_tokens: int, history_bytes: int
     widths = 4 * config.hidden_size + 5 * config.intermediate_size
     heads_width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     widths += 3 * heads_width
-    graph_rows = min(PromptGraphs.MAX_ROWS, max_batch_tokens)
+    graph_rows = min(PrefillGraphs.MAX_ROWS, max_batch_tokens)
+    pieces_width = 2 * heads_width  # of all rows of all layers of a piece, at most
     return {
         "one batch": 4 * max_batch_tokens * widths,
-        "graphs": 4 * (graph_rows * widths + 2 * PromptGraphs.PIECE_ROWS * heads_width),
+        "graphs": 4 * (graph_rows * widths + PrefillGraphs.PIECE_LAYER_ROWS * pieces_width),
         "history": history_bytes,
         "libraries": LIBRARY_BYTES,
     }

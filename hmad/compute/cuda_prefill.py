@@ -8,7 +8,7 @@ from torch import Tensor
 from hmad.compute import cuda_attention
 from hmad.compute.cuda_buffers import ALIGN_BYTES, brought
 from hmad.compute.cuda_faults import fatal_faults
-from hmad.compute.cuda_prompt_graphs import PromptGraphs
+from hmad.compute.cuda_prefill_graphs import PrefillGraphs, Shape
 from hmad.compute.cuda_sampler import sample_once
 from hmad.compute.cuda_shipping import Layout, Shipping, Way
 from hmad.compute.device import (
@@ -26,13 +26,14 @@ from hmad.compute.staging import StagingPool
 from hmad.facts.errors import HmadError
 from hmad.facts.formats import KVFormat, KVGeometry
 from hmad.facts.sampling import SampledToken, SamplingParams
+from hmad_kernels.triton_linear import TUNED_ROWS
 
 
 class CudaPrefill:
     """Prefill on one CUDA device. Called by one thread; the observer hears from another, before ``prefill`` returns."""
 
     def __init__(
-        self, model: Qwen3, geometry: KVGeometry, staging: StagingPool, max_batch_tokens: int = PromptGraphs.MAX_ROWS
+        self, model: Qwen3, geometry: KVGeometry, staging: StagingPool, max_batch_tokens: int = PrefillGraphs.MAX_ROWS
     ) -> None:
         self.model = model
         self.geometry = geometry
@@ -41,7 +42,7 @@ class CudaPrefill:
         self._compute_stream = torch.cuda.Stream(self._device)
         self._side_stream = torch.cuda.Stream(self._device)
         self._way = Way(self._device, geometry, staging, self._compute_stream, self._side_stream)
-        self._graphs = PromptGraphs(model, max_batch_tokens)
+        self._graphs = PrefillGraphs(model, max_batch_tokens)
         torch.cuda.synchronize(self._device)  # what was made on the default stream is there for ours
 
     def new_history(self, num_tokens: int) -> KVHistory:
@@ -51,19 +52,26 @@ class CudaPrefill:
         """Have every kernel compiled, and libraries choose theirs, before the first request waits for it."""
         with fatal_faults, torch.inference_mode(), torch.cuda.stream(self._compute_stream):
             self._graphs.capture_all()
+        observer = PrefillObserver(lambda blocks: self.staging.release(blocks.page), lambda clock: None)
+        params = SamplingParams(max_tokens=2)
         for fmt in formats:
-            sequence = PrefillSequence(range(fmt.tokens_per_block), SamplingParams(max_tokens=2), (0,), fmt)
-            observer = PrefillObserver(lambda blocks: self.staging.release(blocks.page), lambda clock: None)
+            sequence = PrefillSequence(range(fmt.tokens_per_block), params, (0,), fmt)
             self.prefill([PrefillChunk(sequence, sequence.num_remaining)], observer)
+        for num_prompts in TUNED_ROWS:  # of the LM head
+            sequences = [PrefillSequence([0], params, (0,), None) for _ in range(num_prompts)]
+            self.prefill([PrefillChunk(sequence, 1) for sequence in sequences], observer)
 
     @torch.inference_mode()
     def prefill(self, chunks: Sequence[PrefillChunk], observer: PrefillObserver) -> PrefillResult:
-        """Launch one packed forward pass; while the device computes, ship each layer's blocks as they come."""
+        """Launch one packed forward pass; while the device computes, ship the blocks of its layers as they come."""
         packed = PackedChunks(chunks)
+        shape = self._graphs.shape_of(packed)
+        aligned_rows = -(-len(packed.token_ids) // ALIGN_BYTES) * ALIGN_BYTES
+        layout = shape.layout if shape is not None else Layout(1, aligned_rows)
         with fatal_faults, torch.cuda.stream(self._compute_stream):
-            shipping = Shipping(self._way, packed, self._layout(packed), observer)
+            shipping = Shipping(self._way, packed, layout, observer)
             try:
-                hidden = self._forward(packed, shipping)
+                hidden = self._forward(packed, shape, shipping)
                 outcomes = self._sample_first(packed, hidden)
             except Exception:
                 self._side_stream.synchronize()  # before what it reads is given to others
@@ -78,17 +86,10 @@ class CudaPrefill:
             {s: [o for o in drawn if isinstance(o, SampledToken)] for s, drawn in outcomes.items() if not s.error}
         )
 
-    def _layout(self, packed: PackedChunks) -> Layout:
-        num_rows = len(packed.token_ids)
-        if self._graphs.takes(packed):
-            padded_rows = self._graphs.padded_rows(num_rows)
-            return Layout(self._graphs.layers_of_a_piece(padded_rows), padded_rows)
-        return Layout(1, -(-num_rows // ALIGN_BYTES) * ALIGN_BYTES)
-
-    def _forward(self, packed: PackedChunks, shipping: Shipping) -> Tensor:
+    def _forward(self, packed: PackedChunks, shape: Shape | None, shipping: Shipping) -> Tensor:
         """Hidden states [T, hidden], captured or launched kernel by kernel."""
-        if self._graphs.takes(packed):
-            return self._graphs.forward(packed, shipping.layers_begin, shipping.ship)
+        if shape is not None:
+            return self._graphs.forward(packed, shape, shipping.layers_begin, shipping.ship)
         token_ids, positions = packed.token_ids.to(self._device), packed.positions.to(self._device)
         runs = cuda_attention.plan_attention(packed, self._device)
 

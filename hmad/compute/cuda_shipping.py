@@ -30,7 +30,7 @@ from hmad.facts.formats import KVFormat, KVGeometry
 from hmad_kernels.triton_pack import pack_blocks
 
 MOST_LAYERS = 12  # of a frame: a third of Qwen3-8B's, so that most of a short prompt leaves while it is computed
-ROWS_TOLD = 2048  # times layers: about a millisecond of work, and whoever watches over progress waits for no page
+LAYER_ROWS_TOLD = 2048  # rows times layers: a millisecond or two of work, and whoever watches it waits for no page
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class FormatPlan:
 
     format: KVFormat
     blocks: Tensor  # int32 [num_blocks, 2] on the device: first row, number of rows
-    packed: Tensor  # uint8 [num_blocks, block_bytes] on the device: of one launch after the other
+    packed: Tensor  # uint8 [num_blocks, block_bytes] on the device: of one launch after the other, all its layers
     runs: tuple[BlockRun, ...]
 
 
@@ -224,7 +224,7 @@ class Shipper:
         """Whether a page is full, or layers of so many rows have taken long enough to be told of."""
         num_layers = sum(len(part.layers) for part in self._gathered if isinstance(part, PackedLayers))
         has_pages = any(isinstance(part, FilledPage) for part in self._gathered)
-        return has_pages or num_layers * num_rows >= ROWS_TOLD
+        return has_pages or num_layers * num_rows >= LAYER_ROWS_TOLD
 
     def send_off(self) -> None:
         """Make a shipment of what is gathered."""

@@ -126,7 +126,8 @@ class PackedChunks:
         self.token_ids = torch.tensor(token_ids, dtype=torch.int64)
         self.positions = torch.cat([torch.arange(c.start, c.end) for c in chunks])
 
-    def __len__(self) -> int:
+    @property
+    def num_chunks(self) -> int:
         return len(self._chunks)
 
     def __iter__(self) -> Iterator[tuple[PrefillChunk, slice]]:

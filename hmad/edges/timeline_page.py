@@ -8,7 +8,7 @@ from html import escape
 from itertools import groupby
 
 from hmad.edges.pages import NOTHING, document, millis, size, table, tiles
-from hmad.facts.timeline import Timeline, name_of
+from hmad.facts.timeline import Timeline, label_of, name_of
 
 WIDTH, MARGIN, LANE, GAP, TOP = 1000, 8, 56, 26, 34  # of the drawing, in its own units
 EDGE, DIGIT = 8, 6.5  # of a label: a bar that is narrower has no room for it
@@ -95,11 +95,6 @@ def drawing(timeline: Timeline) -> str:
         f'<text x="{WIDTH - MARGIN}" y="{HEIGHT - 4}" text-anchor="end">{millis(last_s - begin_s)}</text></svg>',
     ]
     return "".join(parts)
-
-
-def label_of(layers: range) -> str:
-    """A run of layers on a bar."""
-    return name_of(layers).split(maxsplit=1)[1]
 
 
 def compute_bars(timeline: Timeline, scale: Scale) -> list[str]:

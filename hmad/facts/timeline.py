@@ -11,7 +11,12 @@ MAX_SPANS = 4096  # of each kind in one request: a very long prompt's later ones
 
 def name_of(layers: range) -> str:
     """A run of layers in words."""
-    return f"layer {layers.start}" if len(layers) == 1 else f"layers {layers.start}..{layers.stop - 1}"
+    return f"layer {label_of(layers)}" if len(layers) == 1 else f"layers {label_of(layers)}"
+
+
+def label_of(layers: range) -> str:
+    """A run of layers where there is little room."""
+    return str(layers.start) if len(layers) == 1 else f"{layers.start}..{layers.stop - 1}"
 
 
 @dataclass

@@ -244,11 +244,11 @@ class PrefillRole:
         self.engine.submit(placement.sequence)
 
     def blocks_encoded(self, blocks: EncodedBlocks) -> None:
-        """Engine thread."""
+        """A thread of the device's."""
         self._loop.call_soon_threadsafe(self._ship, blocks, time.monotonic())
 
     def layers_computed(self, chunks: Sequence[PrefillChunk], clock: LayerClock) -> None:
-        """Engine thread."""
+        """A thread of the device's."""
         self._loop.call_soon_threadsafe(self._note_layer, [chunk.sequence for chunk in chunks], clock)
 
     def prefill_done(self, done: PrefillDone) -> None:

@@ -2,7 +2,7 @@
 
 In a thread of its own, whose socket blocks: a whole frame is one call into the kernel and one turn at Python's lock,
 however often the kernel has to wait for room. The thread that launches GPU work needs that lock all the time. Payloads
-are digested here, right before they leave: as many at a time as there are connections, and no prompt waits for it.
+are digested here, right before they leave: as many at a time as there are connections, and no first token waits for it.
 """
 
 import asyncio
@@ -27,9 +27,10 @@ log = get_logger(__name__)
 
 class OutgoingLayer:
     """A LAYER frame on its way. Belongs to whoever was first to ``take`` it: the sending thread, right before its first
-    byte and with the payload's digest in ``message``, or the loop's thread, which so keeps it from leaving. ``begun``
-    and ``sent`` are called on the loop's thread for a frame that leaves; only after ``sent`` may the payload's memory
-    be used again.
+    byte, or the loop's thread, which so keeps it from leaving. ``begun`` and ``sent`` are called on the loop's thread
+    for a frame that leaves; only after ``sent`` may the payload's memory be used again. The sending thread digests it
+    before it takes, since whoever finds a frame taken reads its ``message``: so it may still read, to no effect, what
+    the loop's thread has taken and others already use.
     """
 
     def __init__(
@@ -107,8 +108,12 @@ class BulkSender:
     def _work(self) -> None:
         error: Exception | None = None
         try:
-            while (layer := self._next()) is not None:
-                self._send(layer)
+            while True:
+                was_idle = self._queue.empty()
+                layer = self._queue.get()
+                if layer is None:
+                    break
+                self._send(layer, was_idle)
         except OSError as broken:
             error = broken
         except Exception as bug:
@@ -116,19 +121,14 @@ class BulkSender:
             error = bug
         self._report(partial(self._end, error))
 
-    def _next(self) -> OutgoingLayer | None:
-        was_idle = self._queue.empty()
-        layer = self._queue.get()
-        if was_idle:
-            self._pacer.skip_idle()
-        return layer
-
-    def _send(self, layer: OutgoingLayer) -> None:
+    def _send(self, layer: OutgoingLayer, was_idle: bool) -> None:
         outcome = partial(self._give_back, layer)
         try:
             if layer.is_taken:
                 return
             layer.message = replace(layer.message, digest=payload_digest(self._digest, layer.payload))
+            if was_idle:
+                self._pacer.skip_idle()
             pieces = self._paced(layer.payload)
             layer.begun_s = time.monotonic()  # a slower link, which a rate cap stands for, would begin here
             first = next(pieces)
