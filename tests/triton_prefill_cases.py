@@ -74,6 +74,11 @@ def shipping(
     return prefilled
 
 
+def exact(checkpoint: Path) -> Prefilled:
+    """The same in float32 on a GPU, too."""
+    return shipping(checkpoint) if INTERPRETED else on_device(checkpoint)
+
+
 def prefilled_by(model: Qwen3, num_pages: int, blocks_per_page: int, max_batch_tokens: int = 256) -> Prefilled:
     page_bytes = blocks_per_page * PAGE_BYTES
     staging = StagingPool(num_pages * page_bytes, page_bytes, pinned=not INTERPRETED)
@@ -124,7 +129,7 @@ def test_a_packed_batch_says_what_the_cpu_says(checkpoint: Path, max_batch_token
 def test_chunks_of_a_cut_prompt_equal_one_pass(checkpoint: Path) -> None:
     """Between whole prompts, as the scheduler packs them."""
     prompt, fmt = prompt_of(29), FORMATS["fp32"]
-    whole, cut = on_cpu(checkpoint), on_device(checkpoint)
+    whole, cut = on_cpu(checkpoint), exact(checkpoint)
     alone = sequence_of(prompt, fmt)
     [expected] = whole.run(PrefillChunk(alone, 29))[alone]
     sequence, others = sequence_of(prompt, fmt), [sequence_of(prompt_of(3, seed), None) for seed in range(2)]
@@ -141,7 +146,7 @@ def test_chunks_of_a_cut_prompt_equal_one_pass(checkpoint: Path) -> None:
 
 def test_first_tokens_of_several_choices_are_the_cpus(checkpoint: Path) -> None:
     drawn = []
-    for prefilled in (on_cpu(checkpoint), shipping(checkpoint) if INTERPRETED else on_device(checkpoint)):
+    for prefilled in (on_cpu(checkpoint), exact(checkpoint)):
         choices = [
             (SamplingParams(max_tokens=8, temperature=1.0, top_k=50), (1, 2, 3)),
             (SamplingParams(max_tokens=8, temperature=0.9, repetition_penalty=1.5, presence_penalty=0.3), (4, 2**63)),
@@ -533,7 +538,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def test_nan_fails_its_own_sequence_alone(checkpoint: Path) -> None:
-    prefilled = on_device(checkpoint)
+    prefilled = exact(checkpoint)
     poison_token(prefilled.device.model, 5)  # type: ignore[attr-defined]
     bad, good = sequence_of([9, 5, 9], FORMATS["int8"]), sequence_of([9, 8, 9], FORMATS["int8"])
     tokens = prefilled.run(PrefillChunk(bad, 3), PrefillChunk(good, 3))
