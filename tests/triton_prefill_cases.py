@@ -19,6 +19,7 @@ from prefilled import Prefilled, sequence_of
 from hmad.compute import cuda_buffers, cuda_prefill, cuda_shipping
 from hmad.compute.codecs import decode
 from hmad.compute.cpu import CpuPrefill
+from hmad.compute.cuda_memory import prefill_bytes
 from hmad.compute.cuda_prefill import CudaPrefill
 from hmad.compute.cuda_prefill_graphs import PrefillGraphs, Shape
 from hmad.compute.device import EncodedBlocks, PackedChunks, PrefillChunk, PrefillSequence
@@ -317,6 +318,14 @@ def test_a_batch_as_large_as_may_be_is_captured(checkpoint: Path, num_rows: int)
     assert fits == Shape(graphs.max_rows, 3, True)
     assert exceeds is None
     assert graphs.max_rows == -(-num_rows // 16) * 16
+
+
+@pytest.mark.parametrize("max_batch_tokens", [16, 100, 4096])
+def test_room_that_graphs_take_is_reckoned_with(checkpoint: Path, max_batch_tokens: int) -> None:
+    model = load_model(checkpoint, "fp32") if INTERPRETED else model_on_device(checkpoint, "bf16")
+    graphs = PrefillGraphs(model, max_batch_tokens)
+    rooms = (graphs._residual, graphs._hidden, graphs._attended, *graphs._products)
+    assert 0 < sum(room.nbytes for room in rooms) <= prefill_bytes(model.config, max_batch_tokens, 0)["graphs"]
 
 
 @pytest.mark.parametrize("max_batch_tokens", [16, 256], ids=["launched", "captured"])
