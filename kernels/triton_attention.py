@@ -70,7 +70,8 @@ LEAST_ITEM_TOKENS = 64  # shorter items cost the merge more than they save
 WAVE_ITEM_TOKENS = 512  # items that are at least so long leave room for one more wave
 MOST_BLOCK_TOKENS = max(TOKENS_PER_BLOCK)
 EMPTY = -1  # the format code of an item that is not there
-MERGE_ITEMS = 16  # partial results that the merge reads at once
+MERGE_ITEMS = 16  # partial results that a warp of the merge reads at once
+MANY_ITEMS = 64  # of a sequence: then the merge has four warps
 # Neighbouring values that a lane holds of an operand: Triton decides, and another number costs speed, not correctness.
 K_WIDTH = 4 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else 2
 WEIGHT_SCALE = tl.constexpr(2.0**14)  # keeps small weights above float16's subnormal numbers
@@ -256,18 +257,21 @@ def paged_decode_attention(
             sm_scale * LOG2_E, q.stride(0), slots.stride(0) // 4, num_kv_heads, group,
             **attend_constants(code, head_dim, tuned, capability, interpreted=interprets()), **tuned.options(),
         )  # fmt: skip
+    merge_warps = 4 if len(items) >= MANY_ITEMS * batch else 1
     _merge_kernel[(batch * num_heads,)](
         seq_items, partial_values, partial_stats, out, num_heads,
-        **merge_constants(head_dim), **MERGE_OPTIONS,
+        **merge_constants(head_dim, merge_warps), **merge_options(merge_warps),
     )  # fmt: skip
 
 
-MERGE_OPTIONS = {"num_warps": 2, "enable_fp_fusion": True}
+def merge_options(num_warps: int) -> dict[str, int | bool]:
+    """What Triton compiles the merge with."""
+    return {"num_warps": num_warps, "enable_fp_fusion": True}
 
 
-def merge_constants(head_dim: int) -> dict[str, int]:
+def merge_constants(head_dim: int, num_warps: int) -> dict[str, int]:
     """The compile-time constants of the merge."""
-    return {"ITEMS": MERGE_ITEMS, "HEAD_DIM": head_dim}
+    return {"ITEMS": MERGE_ITEMS * num_warps, "HEAD_DIM": head_dim}
 
 
 def attend_constants(
@@ -483,7 +487,7 @@ def _attend_words(
 
         if BLOCKWISE:
             unit = unit_of(k_scales, FORMAT)
-            exponents = k_exponents(panel, unit, FORMAT, HEAD_DIM)
+            exponents = k_exponents(panel, k_scales, unit, FORMAT, HEAD_DIM)
             k_scale = float_of(unit)
         else:
             exponents = 0
@@ -499,7 +503,7 @@ def _attend_words(
 
         if BLOCKWISE:
             new_unit = tl.maximum(v_unit, unit_of(v_scales, FORMAT))
-            exponents = v_exponents(panel + PANEL_WORDS, new_unit, FORMAT, HEAD_DIM, K_WIDTH)
+            exponents = v_exponents(panel + PANEL_WORDS, v_scales, new_unit, FORMAT, HEAD_DIM, K_WIDTH)
             one_over_unit = float_of((254 << 23) - new_unit)
             weights = (weights * WEIGHT_SCALE).to(tl.float16)
         else:

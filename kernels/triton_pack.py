@@ -42,7 +42,7 @@ from hmad_kernels.triton_common import (
 )
 
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
-SMALLEST_SHARED = tl.constexpr(8)  # bfp8: below, subnormal numbers count
+LEAST_PEAK = tl.constexpr(8 << 23)  # bfp8: bits of the least maximum beside which subnormal numbers do not count
 # 1 / 127 and 1 / 448 as float32, and what they lack.
 INVERSE_127, REST_127 = tl.constexpr(float.fromhex("0x1.020408p-7")), tl.constexpr(float.fromhex("0x1.020408p-35"))
 INVERSE_448, REST_448 = tl.constexpr(float.fromhex("0x1.24924ap-9")), tl.constexpr(float.fromhex("-0x1.b6db6ep-34"))
@@ -81,9 +81,8 @@ def pack_blocks(
 
 
 def pack_options(code: int) -> dict[str, int | bool]:
-    """What Triton compiles with: one warp where a program decides (bfp8), and no contraction that changes a byte."""
-    num_warps = {FP32.value: 4, BFP8.value: 1}.get(code, 2)
-    return {"num_warps": num_warps, "enable_fp_fusion": False}
+    """What Triton compiles with: no contraction that changes a byte."""
+    return {"num_warps": 4 if code == FP32.value else 2, "enable_fp_fusion": False}
 
 
 def pack_constants(code: int, head_dim: int, *, hardware_e4m3: bool) -> dict[str, int | bool]:
@@ -93,7 +92,7 @@ def pack_constants(code: int, head_dim: int, *, hardware_e4m3: bool) -> dict[str
         "HEAD_DIM": head_dim,
         "BLOCK_TOKENS": TOKENS_PER_BLOCK[code],
         "PANEL_BYTES": panel_bytes(code, head_dim),
-        "NUM_ROWS": (512 if code == BFP8.value else 1024) // head_dim,
+        "NUM_ROWS": (2048 if code == BFP8.value else 1024) // head_dim,
         "HARDWARE_E4M3": hardware_e4m3,
     }
 
@@ -153,21 +152,37 @@ def _pack_kernel(
     live = t < count
     token = (first + t).to(tl.int64)
     columns = tl.arange(0, HEAD_DIM)
-    source = k + head * k_head_stride + token * k_token_stride
-    k_rows = tl.load(source[:, None] + columns[None, :], mask=live[:, None], other=0.0)
-    source = v + head * v_head_stride + token * v_token_stride
-    v_rows = tl.load(source[:, None] + columns[None, :], mask=live[:, None], other=0.0)
+    k_source = (k + head * k_head_stride + token * k_token_stride)[:, None] + columns[None, :]
+    v_source = (v + head * v_head_stride + token * v_token_stride)[:, None] + columns[None, :]
+    k_rows = tl.load(k_source, mask=live[:, None], other=0.0)
+    v_rows = tl.load(v_source, mask=live[:, None], other=0.0)
     panel = out + block.to(tl.int64) * out_stride + head * (2 * PANEL_BYTES)
-    _encode(k_rows, panel, t, exists, bad_rows + token, FORMAT, HEAD_DIM, HARDWARE_E4M3)
-    _encode(v_rows, panel + PANEL_BYTES, t, exists, bad_rows + token, FORMAT, HEAD_DIM, HARDWARE_E4M3)
+    bad_row = bad_rows + token
+    k_peak = _encode(k_rows, panel, t, exists, bad_row, FORMAT, HEAD_DIM, HARDWARE_E4M3, False)
+    v_peak = _encode(v_rows, panel + PANEL_BYTES, t, exists, bad_row, FORMAT, HEAD_DIM, HARDWARE_E4M3, False)
+    if FORMAT == BFP8 and k.dtype.element_ty == tl.bfloat16:
+        if tl.minimum(_least(k_peak), _least(v_peak)) < LEAST_PEAK:
+            # Rare, so read and written again: kept until here, the values would take registers from every program.
+            tl.debug_barrier()  # the bytes of before are written first
+            k_rows = tl.load(k_source, mask=live[:, None], other=0.0)
+            _encode(k_rows, panel, t, exists, bad_row, FORMAT, HEAD_DIM, HARDWARE_E4M3, True)
+            v_rows = tl.load(v_source, mask=live[:, None], other=0.0)
+            _encode(v_rows, panel + PANEL_BYTES, t, exists, bad_row, FORMAT, HEAD_DIM, HARDWARE_E4M3, True)
+
+
+@triton.jit
+def _least(peaks):
+    """The least of the bits of maxima that are not zero; 0xFFFFFFFF if all are."""
+    return tl.min(tl.min((peaks - 1).to(tl.uint32, bitcast=True), axis=1), axis=0)
 
 
 @triton.jit
 def _encode(
     rows, panel, t, exists, bad_row,
-    FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, HARDWARE_E4M3: tl.constexpr,
+    FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, HARDWARE_E4M3: tl.constexpr, TINY: tl.constexpr,
 ):  # fmt: skip
-    """Encode rows [rows, HEAD_DIM]: row r is token t[r] of the panel that begins at panel[r].
+    """Encode rows [rows, HEAD_DIM]: row r is token t[r] of the panel that begins at panel[r]. Returns the bits of the
+    maximum of each piece; bfp8 of bfloat16 is right where they are LEAST_PEAK or more, or else with ``TINY``.
 
     Arithmetic is over [rows, pieces, PIECE], where a piece is what a thread loads and stores at once: then the maximum
     of a piece, all that bfp8 needs, stays in its thread.
@@ -220,7 +235,7 @@ def _encode(
         tl.store(scales, field.to(tl.uint8), mask=stored)
     else:
         shared = peak >> 23
-        if values.dtype == tl.bfloat16:
+        if values.dtype == tl.bfloat16 and not TINY:
             encoded = _bf16_to_bfp8(x, shared)
         else:
             encoded = _to_bfp8(bits_of(x), shared.to(tl.uint32)[:, :, None])
@@ -231,6 +246,7 @@ def _encode(
         exponents = pieces // 2 * TILE_BYTES + pieces % 2 * 16
         inside = t // 16 * 32 + t % 16
         tl.store(panel[:, None] + inside[:, None] + exponents[None, :], shared.to(tl.uint8), mask=stored)
+    return peak
 
 
 @triton.jit
@@ -279,14 +295,9 @@ def _bf16_to_bfp8(x, shared):
     """The same of bfloat16 values, in fewer steps: they have so few bits that what is cut can never break a tie.
 
     The magnitude is the value times 2^(133 - shared), rounded. Into subnormal numbers the format's encoder reads a
-    hidden one, which counts where shared is small: there 8 is added to all exponent fields, which makes that one.
+    hidden one, which this does not: they must be too small to count, as they are from LEAST_PEAK on.
     """
-    bits = bits_of(x)
-    if tl.min(shared) < SMALLEST_SHARED:
-        lift = tl.where(shared < SMALLEST_SHARED, 8, 0)
-        bits = tl.where((bits & 0x7FFFFFFF) == 0, bits, bits + (lift << 23).to(tl.uint32)[:, :, None])
-        shared += lift
-    size = float_of(bits) * float_of((260 - shared) << 23)[:, :, None]
+    size = x * float_of((260 - shared) << 23)[:, :, None]
     whole = (size + ROUND_TO_INTEGER) - ROUND_TO_INTEGER  # has no sign where it is zero
     magnitude = bits_of(tl.minimum(tl.abs(whole), 127.0) + ROUND_TO_INTEGER)
     return (magnitude | ((bits_of(whole) >> 24) & 0x80)).to(tl.uint8)

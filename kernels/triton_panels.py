@@ -45,19 +45,19 @@ def load_v(panel, num_tokens, ODD: tl.constexpr, FORMAT: tl.constexpr, HEAD_DIM:
 
 
 @triton.jit
-def k_exponents(panel, unit, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr):
+def k_exponents(panel, scales, unit, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr):
     """The ``exponents`` that ``_halves`` takes of the rows of load_k: the same for both values of a pair."""
     t, first = _k_rows(HEAD_DIM)
-    return (_exponent_bits(panel, t, first, unit, FORMAT, HEAD_DIM) * 0x10001)[:, None]
+    return (_exponent_bits(panel, scales, t, first, unit, FORMAT) * 0x10001)[:, None]
 
 
 @triton.jit
-def v_exponents(panel, unit, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, K_WIDTH: tl.constexpr):
+def v_exponents(panel, scales, unit, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, K_WIDTH: tl.constexpr):
     """The same of the rows of load_v: a pair is an even and an odd token."""
     even_t, first = _v_rows(0, 8, HEAD_DIM, K_WIDTH)
     odd_t, first = _v_rows(1, 8, HEAD_DIM, K_WIDTH)
-    evens = _exponent_bits(panel, even_t, first, unit, FORMAT, HEAD_DIM)
-    odds = _exponent_bits(panel, odd_t, first, unit, FORMAT, HEAD_DIM)
+    evens = _exponent_bits(panel, scales, even_t, first, unit, FORMAT)
+    odds = _exponent_bits(panel, scales, odd_t, first, unit, FORMAT)
     return (evens | (odds << 16))[:, None]
 
 
@@ -90,7 +90,9 @@ def load_scales(panel, num_tokens, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr)
     """int8, fp8_e4m3: a float32 of each token. Else bytes of exponents, 0 in place of tokens that are not there."""
     t = tl.arange(0, WORD_BLOCK_TOKENS)
     if FORMAT == MXFP8:
-        return tl.load(_token_exponents(panel, t, HEAD_DIM), mask=t < num_tokens, other=0).to(tl.int32)
+        NUMBER: tl.constexpr = tl.int32 if HEAD_DIM == 128 else tl.uint16  # exponents of all groups of 32 dims
+        numbers = (panel + 8 * HEAD_DIM).to(tl.pointer_type(NUMBER)) + t
+        return tl.load(numbers, mask=t < num_tokens, other=0).to(tl.int32)
     elif FORMAT == BFP8:
         n = tl.arange(0, 16 * HEAD_DIM // 32)
         token = n % 16 // 8 * 16 + n % 4 * 4
@@ -120,10 +122,14 @@ def _word_place(t, j, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def _exponent_bits(panel, t, first, unit, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """The exponents of 16 dims of a token relative to ``unit``, in the exponent field of a float16. Read as words."""
+def _exponent_bits(panel, scales, t, first, unit, FORMAT: tl.constexpr):
+    """The exponents of 16 dims of a token relative to ``unit``, in the exponent field of a float16.
+
+    mxfp8's come from the lanes that hold ``scales``: where they were read again, the compiler had a step wait for them
+    and for the next block's loads together. bfp8's, spread over tiles, are quicker read again, as words.
+    """
     if FORMAT == MXFP8:
-        exponent = (tl.load(_token_exponents(panel, t, HEAD_DIM)).to(tl.int32) >> (first // 8 * 8)) & 0xFF
+        exponent = (tl.gather(scales, t, 0) >> (first // 8 * 8)) & 0xFF
     else:
         place = first // 8 * TILE_BYTES + t // 16 * 32 + first // 4 % 2 * 16 + t % 16
         exponent = (tl.load(panel + place // 4) >> (place % 4 * 8)) & 0xFF
@@ -131,13 +137,6 @@ def _exponent_bits(panel, t, first, unit, FORMAT: tl.constexpr, HEAD_DIM: tl.con
     TOP: tl.constexpr = MXFP8_TOP if FORMAT == MXFP8 else BFP8_TOP
     exponent += TOP - DEPTH - (unit >> 23)
     return (tl.minimum(tl.maximum(exponent, 0), TOP) << 10).to(tl.uint32)  # in place of no token it may be any
-
-
-@triton.jit
-def _token_exponents(panel, t, HEAD_DIM: tl.constexpr):
-    """mxfp8: where the exponents of each token's groups of 32 dims are, as one number."""
-    NUMBER: tl.constexpr = tl.int32 if HEAD_DIM == 128 else tl.uint16
-    return (panel + 8 * HEAD_DIM).to(tl.pointer_type(NUMBER)) + t
 
 
 @triton.jit

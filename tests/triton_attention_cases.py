@@ -16,6 +16,7 @@ from hmad.facts.formats import FORMATS, KVFormat
 from hmad_kernels import triton_attention
 from hmad_kernels.triton_attention import (
     EMPTY,
+    MANY_ITEMS,
     PROGRAMS_PER_MULTIPROCESSOR,
     Tuning,
     item_tokens_for,
@@ -117,6 +118,14 @@ def test_segments_of_any_formats_mix(sequences: list[Segments], item_tokens: int
     """Raw prefixes without a tail, tails without a prefix, and all between, in items of any size."""
     case = Case(sequences, item_tokens=item_tokens, spare_items=spare_items)
     assert case.error() < max(OPERAND_ERROR.values())
+
+
+def test_a_sequence_of_many_items() -> None:
+    """More than a warp of the merge reads at once, and so many that the merge has more warps."""
+    for num_tokens, num_items in ((17 * 32, 17), (MANY_ITEMS * 32 + 1, MANY_ITEMS + 1)):
+        case = Case([[("int8", num_tokens)]], group=1, item_tokens=32)
+        assert len(split_items(case.seq_segments.numpy(), case.segments.numpy(), 32)[0]) == num_items
+        assert case.error() < OPERAND_ERROR["int8"]
 
 
 def test_bfloat16_queries_and_results() -> None:
