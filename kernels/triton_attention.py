@@ -32,6 +32,7 @@ from hmad_kernels.triton_common import (
     FP32,
     MXFP8,
     TOKENS_PER_BLOCK,
+    capability_of,
     check_head_dim,
     check_metadata,
     check_place,
@@ -105,13 +106,6 @@ def tuning_for(format_name: str, capability: tuple[int, int] | None) -> Tuning:
         return Tuning(tokens=32, num_warps=1, num_stages=1)
     # Two blocks of raw words in registers: eight programs are resident on Hopper, and read as fast as memory can.
     return Tuning(tokens=32, num_warps=1, num_stages=1, max_registers=255, query_rows=8)
-
-
-def capability_of(device: torch.device) -> tuple[int, int] | None:
-    """A device's CUDA compute capability; None for AMD, and for the interpreter."""
-    if interprets() or torch.version.hip is not None:
-        return None
-    return torch.cuda.get_device_capability(device)
 
 
 def split_items(

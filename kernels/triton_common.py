@@ -43,9 +43,16 @@ def interprets() -> bool:
     return not isinstance(bits_of, triton.JITFunction)
 
 
-def has_e4m3(device: torch.device) -> bool:
-    """Whether a device converts to OCP E4M3 itself: NVIDIA from compute capability 8.9 on."""
-    return not interprets() and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """A device's CUDA compute capability; None for AMD, and for the interpreter."""
+    if interprets() or torch.version.hip is not None:
+        return None
+    return torch.cuda.get_device_capability(device)
+
+
+def has_e4m3(capability: tuple[int, int] | None) -> bool:
+    """Whether devices of a compute capability convert to OCP E4M3 themselves."""
+    return capability is not None and capability >= (8, 9)
 
 
 def check_head_dim(head_dim: int) -> None:

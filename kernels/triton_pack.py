@@ -25,6 +25,7 @@ from hmad_kernels.triton_common import (
     TILE_BYTES,
     TOKENS_PER_BLOCK,
     bits_of,
+    capability_of,
     check_aligned,
     check_head_dim,
     check_metadata,
@@ -67,7 +68,7 @@ def pack_blocks(
     """
     code = _check(format_name, k, v, blocks, out, bad_rows)
     num_heads, head_dim = k.shape[1:]
-    constants = pack_constants(code, head_dim, hardware_e4m3=has_e4m3(k.device))
+    constants = pack_constants(code, head_dim, capability_of(k.device))
     grid = (num_heads * triton.cdiv(len(blocks) * TOKENS_PER_BLOCK[code], constants["NUM_ROWS"]),)
     if not grid[0]:
         return
@@ -85,15 +86,16 @@ def pack_options(code: int) -> dict[str, int | bool]:
     return {"num_warps": 4 if code == FP32.value else 2, "enable_fp_fusion": False}
 
 
-def pack_constants(code: int, head_dim: int, *, hardware_e4m3: bool) -> dict[str, int | bool]:
-    """The compile-time constants of the kernel."""
+def pack_constants(code: int, head_dim: int, capability: tuple[int, int] | None) -> dict[str, int | bool]:
+    """The compile-time constants of the kernel for a CUDA compute capability; None stands for AMD."""
     return {
         "FORMAT": code,
         "HEAD_DIM": head_dim,
         "BLOCK_TOKENS": TOKENS_PER_BLOCK[code],
         "PANEL_BYTES": panel_bytes(code, head_dim),
         "NUM_ROWS": (2048 if code == BFP8.value else 1024) // head_dim,
-        "HARDWARE_E4M3": hardware_e4m3,
+        "HARDWARE_E4M3": has_e4m3(capability),
+        "BF16_PAIRS": capability is not None and capability >= (8, 0),
     }
 
 
@@ -139,7 +141,7 @@ def _pack_kernel(
     num_blocks, num_heads,
     k_token_stride, k_head_stride, v_token_stride, v_head_stride, out_stride,
     FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, PANEL_BYTES: tl.constexpr,
-    NUM_ROWS: tl.constexpr, HARDWARE_E4M3: tl.constexpr,
+    NUM_ROWS: tl.constexpr, HARDWARE_E4M3: tl.constexpr, BF16_PAIRS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     head = program % num_heads  # neighbours read neighbouring memory
@@ -158,16 +160,16 @@ def _pack_kernel(
     v_rows = tl.load(v_source, mask=live[:, None], other=0.0)
     panel = out + block.to(tl.int64) * out_stride + head * (2 * PANEL_BYTES)
     bad_row = bad_rows + token
-    k_peak = _encode(k_rows, panel, t, exists, bad_row, FORMAT, HEAD_DIM, HARDWARE_E4M3, False)
-    v_peak = _encode(v_rows, panel + PANEL_BYTES, t, exists, bad_row, FORMAT, HEAD_DIM, HARDWARE_E4M3, False)
+    k_peak = _encode(k_rows, panel, t, exists, bad_row, FORMAT, HEAD_DIM, HARDWARE_E4M3, BF16_PAIRS, False)
+    v_peak = _encode(v_rows, panel + PANEL_BYTES, t, exists, bad_row, FORMAT, HEAD_DIM, HARDWARE_E4M3, BF16_PAIRS, False)
     if FORMAT == BFP8 and k.dtype.element_ty == tl.bfloat16:
         if tl.minimum(_least(k_peak), _least(v_peak)) < LEAST_PEAK:
             # Rare, so read and written again: kept until here, the values would take registers from every program.
             tl.debug_barrier()  # the bytes of before are written first
             k_rows = tl.load(k_source, mask=live[:, None], other=0.0)
-            _encode(k_rows, panel, t, exists, bad_row, FORMAT, HEAD_DIM, HARDWARE_E4M3, True)
+            _encode(k_rows, panel, t, exists, bad_row, FORMAT, HEAD_DIM, HARDWARE_E4M3, BF16_PAIRS, True)
             v_rows = tl.load(v_source, mask=live[:, None], other=0.0)
-            _encode(v_rows, panel + PANEL_BYTES, t, exists, bad_row, FORMAT, HEAD_DIM, HARDWARE_E4M3, True)
+            _encode(v_rows, panel + PANEL_BYTES, t, exists, bad_row, FORMAT, HEAD_DIM, HARDWARE_E4M3, BF16_PAIRS, True)
 
 
 @triton.jit
@@ -179,7 +181,8 @@ def _least(peaks):
 @triton.jit
 def _encode(
     rows, panel, t, exists, bad_row,
-    FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, HARDWARE_E4M3: tl.constexpr, TINY: tl.constexpr,
+    FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, HARDWARE_E4M3: tl.constexpr, BF16_PAIRS: tl.constexpr,
+    TINY: tl.constexpr,
 ):  # fmt: skip
     """Encode rows [rows, HEAD_DIM]: row r is token t[r] of the panel that begins at panel[r]. Returns the bits of the
     maximum of each piece; bfp8 of bfloat16 is right where they are LEAST_PEAK or more, or else with ``TINY``.
@@ -235,10 +238,12 @@ def _encode(
         tl.store(scales, field.to(tl.uint8), mask=stored)
     else:
         shared = peak >> 23
-        if values.dtype == tl.bfloat16 and not TINY:
-            encoded = _bf16_to_bfp8(x, shared)
-        else:
+        if values.dtype == tl.float32 or TINY:
             encoded = _to_bfp8(bits_of(x), shared.to(tl.uint32)[:, :, None])
+        elif BF16_PAIRS:
+            encoded = _bf16_pairs_to_bfp8(values, shared)
+        else:
+            encoded = _bf16_to_bfp8(x, shared)
         face = columns // 32 * TILE_BYTES + columns // 16 % 2 * 256 + columns % 16
         inside = t // 16 * 512 + t % 16 * 16
         place = 64 + inside[:, None] + face[None, :]
@@ -301,3 +306,38 @@ def _bf16_to_bfp8(x, shared):
     whole = (size + ROUND_TO_INTEGER) - ROUND_TO_INTEGER  # has no sign where it is zero
     magnitude = bits_of(tl.minimum(tl.abs(whole), 127.0) + ROUND_TO_INTEGER)
     return (magnitude | ((bits_of(whole) >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def _bf16_pairs_to_bfp8(values, shared):
+    """The same, two values an instruction: 128 more than a magnitude, in bfloat16, has it in its low seven bits. A sign
+    is kept where the magnitude plus 127 reaches 128.
+    """
+    scales = tl.broadcast_to(((260 - shared) << 7).to(tl.uint16)[:, :, None], values.shape)
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 low, high, low_carry, high_carry, low_sign, high_sign, offset, most;
+        mov.b32 offset, 0x43004300;
+        mov.b32 most, 0x437F437F;
+        and.b32 low, $1, 0x7FFF7FFF;
+        and.b32 high, $2, 0x7FFF7FFF;
+        fma.rn.bf16x2 low, low, $3, offset;
+        fma.rn.bf16x2 high, high, $4, offset;
+        min.bf16x2 low, low, most;
+        min.bf16x2 high, high, most;
+        and.b32 low, low, 0x007F007F;
+        and.b32 high, high, 0x007F007F;
+        add.u32 low_carry, low, 0x007F007F;
+        add.u32 high_carry, high, 0x007F007F;
+        shr.b32 low_sign, $1, 8;
+        shr.b32 high_sign, $2, 8;
+        and.b32 low_carry, low_carry, 0x00800080;
+        and.b32 high_carry, high_carry, 0x00800080;
+        and.b32 low_sign, low_sign, low_carry;
+        and.b32 high_sign, high_sign, high_carry;
+        or.b32 low, low, low_sign;
+        or.b32 high, high, high_sign;
+        prmt.b32 $0, low, high, 0x6420;
+        }""",
+        "=r,r,r,r,r", [values.to(tl.uint16, bitcast=True), scales], tl.uint8, is_pure=True, pack=4,
+    )  # fmt: skip

@@ -21,6 +21,7 @@ from hmad_kernels.triton_common import (
     ROUND_TO_INTEGER,
     bits_of,
     butterflies,
+    capability_of,
     check_place,
     check_tensor,
     divide,
@@ -175,7 +176,7 @@ def _launch_norm(
     added = {} if delta is None else {"delta": (delta, (num_rows, width))}
     _check_rows(x, x=(x, (num_rows, width)), weight=(weight, (width,)), **added)
     if num_rows:
-        constants = row_constants(width, emit, hardware_e4m3=has_e4m3(x.device))
+        constants = row_constants(width, emit, hardware_e4m3=has_e4m3(capability_of(x.device)))
         _add_rms_norm_kernel[(num_rows,)](
             x, delta, weight, out, scales, eps, **constants, **row_options(row_warps(width))
         )
@@ -185,7 +186,7 @@ def _launch_silu_mul(gate_up: torch.Tensor, emit: int, out: torch.Tensor, scales
     num_rows, width = out.shape
     _check_rows(gate_up, gate_up=(gate_up, (num_rows, 2 * width)))
     if num_rows:
-        constants = silu_constants(width, emit, hardware_e4m3=has_e4m3(gate_up.device))
+        constants = silu_constants(width, emit, hardware_e4m3=has_e4m3(capability_of(gate_up.device)))
         warps = PIECE_WARPS if emit == PLAIN.value else row_warps(width)
         grid = num_rows, triton.cdiv(width, constants["BLOCK"])
         _silu_mul_kernel[grid](gate_up, out, scales, **constants, **row_options(warps))
@@ -201,7 +202,7 @@ def _launch_quantize(x: torch.Tensor, emit: int, out: torch.Tensor, scales: torc
     num_rows, width = _shape(x)
     _check_rows(x, x=(x, (num_rows, width)))
     if num_rows:
-        constants = row_constants(width, emit, hardware_e4m3=has_e4m3(x.device))
+        constants = row_constants(width, emit, hardware_e4m3=has_e4m3(capability_of(x.device)))
         _quantize_kernel[(num_rows,)](x, out, scales, **constants, **row_options(row_warps(width)))
 
 

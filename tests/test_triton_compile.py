@@ -24,7 +24,7 @@ from hmad_kernels import (
     triton_step,
 )
 from hmad_kernels.triton_attention import attend_constants, merge_constants, merge_options, tuning_for
-from hmad_kernels.triton_common import FORMAT_NAMES, format_code
+from hmad_kernels.triton_common import FORMAT_NAMES, format_code, has_e4m3
 from hmad_kernels.triton_pack import pack_constants, pack_options
 from hmad_kernels.triton_rope import ROPE_OPTIONS, rope_constants
 from hmad_kernels.triton_rows import PIECE, PIECE_WARPS, row_constants, row_options, row_warps, silu_constants
@@ -127,9 +127,7 @@ def wide_load_bytes(binary: Any, directory: Path) -> int:
 @every_variant
 def test_packing_compiles(arch: str, head_dim: int, name: str, tmp_path: Path) -> None:
     capability = CAPABILITIES[arch]
-    constants = pack_constants(
-        format_code(name), head_dim, hardware_e4m3=capability is not None and capability >= (8, 9)
-    )
+    constants = pack_constants(format_code(name), head_dim, capability)
     binary = compiled(triton_pack._pack_kernel, arch, constants, pack_options(format_code(name)))
     assert_no_spills(binary, arch, tmp_path)
     if capability is not None:
@@ -167,11 +165,11 @@ def test_no_conversion_to_e4m3_that_sm_80_lacks(tmp_path: Path) -> None:
     code = format_code("fp8_e4m3")
     by_hand, by_hardware = (
         disassembled(
-            compiled(triton_pack._pack_kernel, "sm_90", pack_constants(code, 128, hardware_e4m3=h), pack_options(code)),
+            compiled(triton_pack._pack_kernel, "sm_90", pack_constants(code, 128, capability), pack_options(code)),
             tmp_path,
             "-sass",
         )
-        for h in (False, True)
+        for capability in ((8, 0), (9, 0))
     )
     assert "E4M3" not in by_hand
     assert "E4M3" in by_hardware
@@ -196,7 +194,7 @@ every_arch = pytest.mark.parametrize(
 def emitting(arch: str, emitted: str) -> dict[str, Any]:
     """Arguments of ``row_constants``."""
     capability = CAPABILITIES[arch]
-    return {"emit": list(EMITTED).index(emitted), "hardware_e4m3": capability is not None and capability >= (8, 9)}
+    return {"emit": list(EMITTED).index(emitted), "hardware_e4m3": has_e4m3(capability)}
 
 
 def assert_rows_compile(
