@@ -156,26 +156,37 @@ def _pack_kernel(
     columns = tl.arange(0, HEAD_DIM)
     k_source = (k + head * k_head_stride + token * k_token_stride)[:, None] + columns[None, :]
     v_source = (v + head * v_head_stride + token * v_token_stride)[:, None] + columns[None, :]
-    k_rows = tl.load(k_source, mask=live[:, None], other=0.0)
-    v_rows = tl.load(v_source, mask=live[:, None], other=0.0)
     panel = out + block.to(tl.int64) * out_stride + head * (2 * PANEL_BYTES)
-    bad_row = bad_rows + token
-    k_peak = _encode(k_rows, panel, t, exists, bad_row, FORMAT, HEAD_DIM, HARDWARE_E4M3, BF16_PAIRS, False)
-    v_peak = _encode(v_rows, panel + PANEL_BYTES, t, exists, bad_row, FORMAT, HEAD_DIM, HARDWARE_E4M3, BF16_PAIRS, False)
-    if FORMAT == BFP8 and k.dtype.element_ty == tl.bfloat16:
-        if tl.minimum(_least(k_peak), _least(v_peak)) < LEAST_PEAK:
+    least = _encode_both(
+        k_source, v_source, live, panel, t, exists, bad_rows + token,
+        FORMAT, HEAD_DIM, PANEL_BYTES, HARDWARE_E4M3, BF16_PAIRS, False,
+    )  # fmt: skip
+    if FORMAT == BFP8 and k.dtype.element_ty == tl.bfloat16:  # noqa: SIM102 (one condition is compiled)
+        if least < LEAST_PEAK:
             # Rare, so read and written again: kept until here, the values would take registers from every program.
             tl.debug_barrier()  # the bytes of before are written first
-            k_rows = tl.load(k_source, mask=live[:, None], other=0.0)
-            _encode(k_rows, panel, t, exists, bad_row, FORMAT, HEAD_DIM, HARDWARE_E4M3, BF16_PAIRS, True)
-            v_rows = tl.load(v_source, mask=live[:, None], other=0.0)
-            _encode(v_rows, panel + PANEL_BYTES, t, exists, bad_row, FORMAT, HEAD_DIM, HARDWARE_E4M3, BF16_PAIRS, True)
+            _encode_both(
+                k_source, v_source, live, panel, t, exists, bad_rows + token,
+                FORMAT, HEAD_DIM, PANEL_BYTES, HARDWARE_E4M3, BF16_PAIRS, True,
+            )  # fmt: skip
 
 
 @triton.jit
-def _least(peaks):
-    """The least of the bits of maxima that are not zero; 0xFFFFFFFF if all are."""
-    return tl.min(tl.min((peaks - 1).to(tl.uint32, bitcast=True), axis=1), axis=0)
+def _encode_both(
+    k_source, v_source, live, panel, t, exists, bad_row,
+    FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, PANEL_BYTES: tl.constexpr, HARDWARE_E4M3: tl.constexpr,
+    BF16_PAIRS: tl.constexpr, TINY: tl.constexpr,
+):  # fmt: skip
+    """Read rows of K and V and encode them. Returns the least of the bits of all pieces' maxima that are not zero;
+    0xFFFFFFFF if all are.
+    """
+    k_rows = tl.load(k_source, mask=live[:, None], other=0.0)
+    v_rows = tl.load(v_source, mask=live[:, None], other=0.0)
+    k_peak = _encode(k_rows, panel, t, exists, bad_row, FORMAT, HEAD_DIM, HARDWARE_E4M3, BF16_PAIRS, TINY)
+    panel += PANEL_BYTES
+    v_peak = _encode(v_rows, panel, t, exists, bad_row, FORMAT, HEAD_DIM, HARDWARE_E4M3, BF16_PAIRS, TINY)
+    peaks = tl.minimum((k_peak - 1).to(tl.uint32, bitcast=True), (v_peak - 1).to(tl.uint32, bitcast=True))
+    return tl.min(tl.min(peaks, axis=1), axis=0)
 
 
 @triton.jit
