@@ -8,6 +8,7 @@ import asyncio
 import gc
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,14 @@ import pytest
 pytest_plugins = ["pytester"]
 
 LOOP_BUDGET_S = 0.05  # about one decode step: whoever holds the loop longer is felt as a stutter in every stream
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest begins first: it would be waited for in the end."""
+    items.sort(key=lambda item: item.path.stem != "test_triton_kernels")
+    again = [nodeid for nodeid, number in Counter(item.nodeid for item in items).items() if number > 1]
+    if again:
+        raise pytest.UsageError(f"of tests that share an id a worker runs one: give {again} names of their own")
 
 
 @pytest.hookimpl(trylast=True)

@@ -1,9 +1,10 @@
 """docs/openapi.json is what scripts/openapi makes of the types, and what a real node does."""
 
 import json
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -34,8 +35,17 @@ def test_the_document_is_up_to_date() -> None:
     assert made.stdout == DOCUMENT.read_text(), "run scripts/openapi > docs/openapi.json"
 
 
-@schema.parametrize()
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-def test_a_prefill_node_does_what_the_document_says(case: schemathesis.Case, pair: tuple[PrefillDaemon, ...]) -> None:
-    # A schema cannot say what spans fields, or depends on the model: its vocabulary, its context.
-    case.call_and_validate(base_url=pair[0].url, timeout=30, excluded_checks=[positive_data_acceptance])
+def operation_test(operation: schemathesis.schemas.APIOperation) -> Callable[..., None]:
+    @schema.include(method=operation.method, path=operation.path).parametrize()
+    @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    def does_what_the_document_says(case: schemathesis.Case, pair: tuple[PrefillDaemon, ...]) -> None:
+        # A schema cannot say what spans fields, or depends on the model: its vocabulary, its context.
+        case.call_and_validate(base_url=pair[0].url, timeout=30, excluded_checks=[positive_data_acceptance])
+
+    return does_what_the_document_says
+
+
+# Tests by name: as parameters of one test, all operations would have the same id.
+for found in schema.get_all_operations():
+    name = re.sub(r"\W+", "_", found.ok().label).lower()
+    globals()[f"test_a_prefill_node_does_what_the_document_says_of_{name}"] = operation_test(found.ok())

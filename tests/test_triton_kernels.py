@@ -19,7 +19,8 @@ Runs = dict[str, Future[subprocess.CompletedProcess[str]]]
 
 
 def run_cases(path: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", path]
+    # Whatever else is tested meanwhile has the cores first.
+    command = ["nice", sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", path]
     return subprocess.run(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
