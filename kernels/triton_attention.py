@@ -36,6 +36,7 @@ from hmad_kernels.triton_common import (
     check_head_dim,
     check_metadata,
     check_place,
+    described,
     float_of,
     format_code,
     interprets,
@@ -301,7 +302,7 @@ def _check(
     if q.dim() != 3 or q.shape != out.shape or q.dtype != out.dtype or q.dtype not in DTYPES:
         raise ValueError(
             "q and out must both be float32 or both bfloat16 [batch, num_heads, head_dim], "
-            f"not {q.dtype} {list(q.shape)} and {out.dtype} {list(out.shape)}"
+            f"not {described(q)} and {described(out)}"
         )
     batch, num_heads, head_dim = q.shape
     check_head_dim(head_dim)
@@ -309,7 +310,7 @@ def _check(
     if num_heads % num_kv_heads or not 1 <= group <= MAX_GROUP:
         raise ValueError(f"a KV head serves 1 to {MAX_GROUP} query heads, but {num_heads} share {num_kv_heads}")
     if slots.dtype != torch.uint8 or slots.dim() != 2 or slots.shape[1] % 16:
-        raise ValueError(f"slots must be uint8 [num_slots, multiple of 16], not {slots.dtype} {list(slots.shape)}")
+        raise ValueError(f"slots must be uint8 [num_slots, multiple of 16], not {described(slots)}")
     largest = max((2 * num_kv_heads * panel_bytes(code, head_dim) for code in codes), default=0)
     if largest > slots.shape[1]:
         raise ValueError(f"a block of {largest} bytes does not fit into a slot of {slots.shape[1]}")
@@ -321,19 +322,18 @@ def _check(
         ("partial_values", "partial_stats"), (partial_values, partial_stats), shapes, strict=True
     ):
         if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must be float32 {list(shape)}, not {tensor.dtype} {list(tensor.shape)}")
+            raise ValueError(f"{name} must be float32 {list(shape)}, not {described(tensor)}")
     tensors = {
         "q": q, "slots": slots, "items": items, "seq_items": seq_items, "block_table": block_table, "out": out,
         "partial_values": partial_values, "partial_stats": partial_stats,
     }  # fmt: skip
     if q.stride()[1:] != (head_dim, 1) or q.stride(0) * q.element_size() % ALIGN_BYTES:
         raise ValueError(
-            f"the heads of q {list(q.shape)} must be contiguous and its rows aligned to {ALIGN_BYTES} bytes, "
-            f"not of strides {q.stride()}"
+            f"the heads of q must be contiguous and its rows aligned to {ALIGN_BYTES} bytes, not {described(q)}"
         )
     for name, tensor in tensors.items():
         if tensor is not q and not tensor.is_contiguous():
-            raise ValueError(f"{name} {list(tensor.shape)} must be contiguous, not of strides {tensor.stride()}")
+            raise ValueError(f"{name} must be contiguous, not {described(tensor)}")
     check_place(tensors)
     return group
 

@@ -76,10 +76,7 @@ def check_aligned(tensors: dict[str, torch.Tensor]) -> None:
     """Raise ValueError unless all tensors begin where 128-bit access may."""
     for name, tensor in tensors.items():
         if tensor.data_ptr() % ALIGN_BYTES:
-            raise ValueError(
-                f"{name} {list(tensor.shape)}, strides {tensor.stride()}, must begin at a multiple of "
-                f"{ALIGN_BYTES} bytes"
-            )
+            raise ValueError(f"{name}, {described(tensor)}, must begin at a multiple of {ALIGN_BYTES} bytes")
 
 
 def check_pinned(tensors: dict[str, torch.Tensor]) -> None:
@@ -99,9 +96,13 @@ def check_tensor(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tup
     fits = tensor.dim() == len(shape) and all(w in (-1, n) for n, w in zip(tensor.shape, shape, strict=True))
     if tensor.dtype != dtype or not fits or not tensor.is_contiguous():
         raise ValueError(
-            f"{name} must be contiguous {str(dtype).removeprefix('torch.')} {list(shape)}, "
-            f"not {tensor.dtype} {list(tensor.shape)}, strides {tensor.stride()}"
+            f"{name} must be contiguous {str(dtype).removeprefix('torch.')} {list(shape)}, not {described(tensor)}"
         )
+
+
+def described(tensor: torch.Tensor) -> str:
+    """A tensor that does not fit, as errors tell of it."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}, strides {tensor.stride()}"
 
 
 @triton.jit

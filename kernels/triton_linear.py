@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hmad_kernels.triton_common import check_place, check_tensor, interprets, store_rounded, to_f32
+from hmad_kernels.triton_common import check_place, check_tensor, described, interprets, store_rounded, to_f32
 
 TUNED_ROWS = (1, 8, 16)  # that the kernel is compiled for
 MOST_ROWS = TUNED_ROWS[-1]  # beyond, libraries are as good
@@ -66,7 +66,7 @@ def linear_few_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if not 1 <= len(x) <= MOST_ROWS or not takes(weight):
         raise ValueError(
             f"x must have 1 to {MOST_ROWS} rows and the weight multiples of [64, 512], "
-            f"not {list(x.shape)} and {list(weight.shape)}"
+            f"not {described(x)} and {described(weight)}"
         )
     check_place({"x": x, "weight": weight})
     out = torch.empty((len(x), num_columns), dtype=x.dtype, device=x.device)

@@ -32,6 +32,7 @@ from hmad_kernels.triton_common import (
     check_pinned,
     check_place,
     check_tensor,
+    described,
     divide,
     float_of,
     format_code,
@@ -125,13 +126,12 @@ def _check_rows(k: torch.Tensor, v: torch.Tensor) -> None:
     for name, x in (("k", k), ("v", v)):
         if x.dim() != 3 or x.shape != k.shape or x.dtype != k.dtype or x.dtype not in DTYPES:
             raise ValueError(
-                f"{name} must be float32 or bfloat16 [num_tokens, num_kv_heads, head_dim], as k is, "
-                f"not {x.dtype} {list(x.shape)}"
+                f"{name} must be float32 or bfloat16 [num_tokens, num_kv_heads, head_dim], as k is, not {described(x)}"
             )
         if x.stride(2) != 1 or any(stride * x.element_size() % ALIGN_BYTES for stride in x.stride()[:2]):
             raise ValueError(
-                f"{name} {list(x.shape)} must be contiguous in its last dimension and its rows aligned to "
-                f"{ALIGN_BYTES} bytes, not of strides {x.stride()}"
+                f"{name} must be contiguous in its last dimension and its rows aligned to {ALIGN_BYTES} bytes, "
+                f"not {described(x)}"
             )
 
 

@@ -22,6 +22,7 @@ from hmad_kernels.triton_common import (
     check_metadata,
     check_place,
     check_tensor,
+    described,
     format_code,
     panel_bytes,
     rounded,
@@ -110,7 +111,7 @@ def _check(
     head_dim = q_weight.shape[0] if q_weight.dim() else 0
     check_head_dim(head_dim)
     if qkv.dtype not in DTYPES:
-        raise ValueError(f"qkv must be float32 or bfloat16, not {qkv.dtype}")
+        raise ValueError(f"qkv must be float32 or bfloat16, not {described(qkv)}")
     check_tensor("qkv", qkv, qkv.dtype, (-1, (num_heads + 2 * num_kv_heads) * head_dim))
     check_tensor("q_weight", q_weight, qkv.dtype, (head_dim,))
     check_tensor("k_weight", k_weight, qkv.dtype, (head_dim,))
@@ -132,7 +133,7 @@ def _check_tails(
     block_bytes = 2 * num_kv_heads * panel_bytes(code, head_dim)
     if slots.shape[1] % 16 or slots.shape[1] < block_bytes:
         raise ValueError(
-            f"slots must have a multiple of 16 bytes, room for a block of {block_bytes}, not {slots.shape[1]}"
+            f"slots must have a multiple of 16 bytes, room for a block of {block_bytes}, not {described(slots)}"
         )
     check_metadata("slot_ids", slot_ids, (num_rows,))
     check_metadata("offsets", offsets, (num_rows,))

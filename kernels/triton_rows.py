@@ -24,6 +24,7 @@ from hmad_kernels.triton_common import (
     capability_of,
     check_place,
     check_tensor,
+    described,
     divide,
     float_of,
     has_e4m3,
@@ -221,23 +222,21 @@ def _room_for_e4m3(x: torch.Tensor, num_rows: int, width: int, dtype: torch.dtyp
 def _shape(x: torch.Tensor) -> tuple[int, int]:
     """(T, K) of rows of a width that the kernels can hold."""
     if x.dim() != 2 or x.shape[1] % WIDTH_STEP or not 0 < x.shape[1] <= MAX_WIDTH:
-        raise ValueError(
-            f"rows must be [T, K] with K a multiple of {WIDTH_STEP} up to {MAX_WIDTH}, not {list(x.shape)}"
-        )
+        raise ValueError(f"rows must be [T, K] with K a multiple of {WIDTH_STEP} up to {MAX_WIDTH}, not {described(x)}")
     return x.shape[0], x.shape[1]
 
 
 def _halves(gate_up: torch.Tensor) -> tuple[int, int]:
     """(T, N) of gate_up [T, 2 N]."""
     if gate_up.dim() != 2 or gate_up.shape[1] % 2:
-        raise ValueError(f"gate_up must be [T, 2 N], not {list(gate_up.shape)}")
+        raise ValueError(f"gate_up must be [T, 2 N], not {described(gate_up)}")
     return _shape(gate_up[:, : gate_up.shape[1] // 2])
 
 
 def _check_rows(like: torch.Tensor, **tensors: tuple[torch.Tensor, tuple[int, ...]]) -> None:
     """Raise ValueError unless all tensors are contiguous, of these shapes, and of one type that rows may have."""
     if like.dtype not in DTYPES:
-        raise ValueError(f"rows must be float32 or bfloat16, not {like.dtype}")
+        raise ValueError(f"rows must be float32 or bfloat16, not {described(like)}")
     for name, (tensor, shape) in tensors.items():
         check_tensor(name, tensor, like.dtype, shape)
     check_place({name: tensor for name, (tensor, _) in tensors.items()})

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hmad_kernels.triton_common import bits_of, check_place, check_tensor, float_of
+from hmad_kernels.triton_common import bits_of, check_place, check_tensor, described, float_of
 
 CHUNK = 1024  # logits of a program
 MAX_VOCAB = 1 << 20
@@ -148,7 +148,16 @@ def count_tokens(counts: torch.Tensor, counts_row: torch.Tensor, tokens: torch.T
 
 
 def reset_counts(counts: torch.Tensor, row: int, prompt_ids: torch.Tensor, output_ids: torch.Tensor) -> None:
-    """Let a row of counts int32 [R, vocab] be that of a sequence of these tokens, int64 [n] on the same device."""
+    """Let a row of counts int32 [R, vocab] be that of a sequence of these tokens, int64 [n] on the same device.
+
+    The tokens are not looked at: whoever made the sequence has. Raises ValueError on shapes and dtypes that do not fit.
+    """
+    check_tensor("counts", counts, torch.int32, (-1, -1))
+    if not 0 <= row < len(counts):
+        raise ValueError(f"there is no row {row} in counts, {described(counts)}")
+    for name, ids in (("prompt_ids", prompt_ids), ("output_ids", output_ids)):
+        check_tensor(name, ids, torch.int64, (-1,))
+    check_place({"counts": counts, "prompt_ids": prompt_ids, "output_ids": output_ids})
     counts[row].zero_()
     counts[row].index_fill_(0, prompt_ids, SEEN.value)
     counts[row].index_add_(0, output_ids, torch.ones_like(output_ids, dtype=torch.int32))
@@ -164,7 +173,7 @@ def _check(
     check_tensor("logits", logits, torch.float32, (-1, -1))
     num_rows, vocab = logits.shape
     if not 0 < vocab <= MAX_VOCAB:
-        raise ValueError(f"logits must have 1 to {MAX_VOCAB} columns, not {vocab}")
+        raise ValueError(f"logits must have 1 to {MAX_VOCAB} columns, not {described(logits)}")
     for name, tensor in params.tensors().items():
         check_tensor(name, tensor, DTYPES[name], (num_rows,))
     check_tensor("counts", counts, torch.int32, (-1, vocab))

@@ -23,7 +23,7 @@ from hmad.facts.errors import NonFiniteKVError
 from hmad.facts.formats import FORMATS, KVFormat, KVGeometry
 from hmad.facts.sampling import SamplingParams
 
-pytestmark = needs_gpu
+pytestmark = list(needs_gpu)
 
 CHECKPOINT = Path(__file__).parent.parent / "scripts" / "checkpoint"
 GEOMETRY = KVGeometry(6, 2, 64)

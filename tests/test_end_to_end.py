@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import write_checkpoint
-from daemons import Answer, Daemon, DecodeDaemon, PrefillDaemon, running, wait_for
+from daemons import Answer, Daemon, DecodeDaemon, PrefillDaemon, needs_gpu, running, wait_for
 from openai import OpenAI
+from safetensors.torch import load_file, save_file
 
 from hmad.facts.formats import FORMATS, KVGeometry
 
@@ -396,3 +397,34 @@ def test_a_gpu_that_is_not_there_is_told(model: Path) -> None:
         assert "--device cuda:0: torch" in daemon.log
         assert "finds no GPU here" in daemon.log
         daemon.kill()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=needs_gpu)])
+def test_a_nan_fails_its_request_alone_and_is_counted(tmp_path: Path, device: str) -> None:
+    """The embedding of one token, the first that the model answers, is NaN: as a newest token, then in a prompt."""
+    reference = write_checkpoint(tmp_path, num_layers=2, num_kv_heads=2, head_dim=64, tied=False, max_positions=256)
+    prompt = list(range(40))
+    with torch.inference_mode():
+        answer = int(reference(torch.tensor([prompt])).logits[0, -1].argmax())
+    assert answer not in prompt
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.embed_tokens.weight"][answer] = torch.nan
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    memory = {} if device == "cpu" else {"device_memory": "4G"}
+    decode = DecodeDaemon(tmp_path, device=device, **memory)
+    prefill = PrefillDaemon(tmp_path, [decode], device=device, **memory)
+
+    def counted(daemon: Daemon, cause: str) -> bool:
+        return f'hmad_errors_total{{cause="{cause}"}} 1.0' in daemon.get("/metrics").body.decode()
+
+    with running(decode, prefill):
+        failed = prefill.complete(prompt, max_tokens=4)
+        assert (failed.status, failed.json["error"]["code"]) == (503, "decode_node_failed")
+        assert "the weights or this precision are at fault" in failed.json["error"]["message"]
+        assert counted(decode, "non_finite")
+        failed = prefill.complete([*prompt, answer], max_tokens=4)
+        assert (failed.status, failed.json["error"]["code"]) == (500, "internal_error")
+        assert "K or V of layer 0 at position 40 is NaN" in failed.json["error"]["message"]
+        assert counted(prefill, "NonFiniteKVError")
+        assert prefill.complete(prompt, max_tokens=1).status == 200
+        decode.wait_until_empty()

@@ -10,10 +10,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
+from daemons import needs_gpu
 
 CASES = {path.stem: path for path in sorted(Path(__file__).parent.glob("triton_*_cases.py"))}
-NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
 
 Runs = dict[str, Future[subprocess.CompletedProcess[str]]]
 
@@ -27,7 +26,7 @@ def run_cases(path: Path, environment: dict[str, str]) -> subprocess.CompletedPr
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param(True, id="interpreted"), pytest.param(False, id="gpu", marks=NO_GPU)]
+    scope="module", params=[pytest.param(True, id="interpreted"), pytest.param(False, id="gpu", marks=needs_gpu)]
 )
 def runs(request: pytest.FixtureRequest) -> Iterator[Runs]:
     """All files side by side: the interpreter is one thread of Python."""

@@ -178,7 +178,7 @@ def test_what_the_host_has_to_look_at_is_counted() -> None:
 def test_steps_refuse_what_does_not_fit() -> None:
     stepped = Stepped(DecodeBatch(sequences_of([([], 1)])))
     stepped.rows = StepRows(**(vars(stepped.rows) | {"known": stepped.rows.known[:2]}))
-    with pytest.raises(ValueError, match=r"known must be contiguous int64 \[3\], not torch.int64 \[2\]"):
+    with pytest.raises(ValueError, match=r"known must be contiguous int64 \[3\], not int64 \[2\]"):
         stepped.begin()
     stepped = Stepped(DecodeBatch(sequences_of([([], 1)])))
     stepped.host = StepResults(**{name: tensor[:, :2].contiguous() for name, tensor in vars(stepped.host).items()})

@@ -20,7 +20,6 @@ from hmad_kernels.triton_rows import E4M3Rows, e4m3_dtype
 
 INT8_MIN_ROWS = 32  # torch's int8 product takes no fewer than 17
 FP8_CAPABILITY = (8, 9)  # Ada is the first with E4M3 products
-INT8_CAPABILITY = (7, 5)
 
 
 class Angles(NamedTuple):
@@ -93,13 +92,12 @@ class CudaBackend:
 
 def check_precision(precision: str, device: torch.device) -> None:
     """Raise ConfigError where the device lacks what the precision needs."""
-    if torch.version.hip is not None:
+    if torch.version.hip is not None or precision != "fp8":
         return
-    needed = {"fp8": FP8_CAPABILITY, "int8": INT8_CAPABILITY}.get(precision)
     capability = torch.cuda.get_device_capability(device)
-    if needed is not None and capability < needed:
+    if capability < FP8_CAPABILITY:
         raise ConfigError(
-            f"precision {precision} needs a GPU of compute capability {needed[0]}.{needed[1]}, "
+            "precision fp8 needs a GPU of compute capability 8.9 or more, "
             f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}: choose another --precision"
         )
 

@@ -15,11 +15,12 @@ SHARE_OF_FREE = 0.9  # of what is free at the start, where the configuration set
 LIBRARY_BYTES = 768 << 20  # of matrix libraries, compiled kernels and captured graphs; the CUDA context is not counted
 LINEAR_BYTES = {"fp32": 4, "bf16": 2, "int8": 1, "fp8": 1, "bfp8": 2}  # a weight, as held
 GIB = 1 << 30
+LEAST_CAPABILITY = (8, 0)  # Ampere: bfloat16 products, and attention over them
 
 
 def open_device(name: str, config: ModelConfig) -> torch.device:
-    """The CUDA device that is asked for; ``cuda`` is cuda:0. Raises ConfigError where there is none, or its kernels do
-    not know the model's shape.
+    """The CUDA device that is asked for; ``cuda`` is cuda:0. Raises ConfigError where there is none, or it is too old,
+    or its kernels do not know the model's shape.
     """
     if not torch.cuda.is_available():
         raise ConfigError(
@@ -30,6 +31,12 @@ def open_device(name: str, config: ModelConfig) -> torch.device:
     device = torch.device("cuda", device.index or 0)
     if device.index >= torch.cuda.device_count():
         raise ConfigError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs, counted from 0")
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < LEAST_CAPABILITY:
+        raise ConfigError(
+            f"--device {name}: {torch.cuda.get_device_name(device)} has compute capability "
+            f"{capability[0]}.{capability[1]}, and hmad needs 8.0 or more: use a newer GPU, or --device cpu"
+        )
     group = config.num_heads // config.num_kv_heads
     if config.head_dim not in HEAD_DIMS or group > MAX_GROUP:
         raise ConfigError(

@@ -20,7 +20,13 @@ class StagingPool:
         if self.num_pages < 1:
             raise ConfigError(f"staging-bytes = {staging_bytes} is less than one frame of {page_bytes} bytes: raise it")
         # Pinned where a device copies into it: uint8 [num_pages, page_bytes].
-        self.memory = torch.empty((self.num_pages, page_bytes), dtype=torch.uint8, pin_memory=pinned)
+        try:
+            self.memory = torch.empty((self.num_pages, page_bytes), dtype=torch.uint8, pin_memory=pinned)
+        except RuntimeError as error:
+            gib, kind = staging_bytes / (1 << 30), "pinned memory" if pinned else "memory"
+            raise ConfigError(
+                f"this machine does not give {gib:.2f} GiB of {kind}: lower --staging-bytes ({error})"
+            ) from error
         self._pages: list[np.ndarray] = list(self.memory.numpy())
         self._free = list(range(self.num_pages))  # last in, first out: a page that is still in cache is taken first
         self._used: set[int] = set()
