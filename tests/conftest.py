@@ -20,8 +20,8 @@ LOOP_BUDGET_S = 0.05  # about one decode step: whoever holds the loop longer is 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest begins first: it would be waited for in the end."""
-    items.sort(key=lambda item: item.path.stem != "test_triton_kernels")
+    """The files that take longest begin first: they would be waited for in the end."""
+    items.sort(key=lambda item: (item.path.stem != "test_triton_kernels", item.path.stem != "test_triton_compile"))
     again = [nodeid for nodeid, number in Counter(item.nodeid for item in items).items() if number > 1]
     if again:
         raise pytest.UsageError(f"of tests that share an id a worker runs one: give {again} names of their own")
