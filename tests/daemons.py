@@ -23,8 +23,10 @@ ROOT = Path(__file__).parent.parent
 ANSWER_S = 60.0  # machines under load, kernels that were never compiled here
 STOP_S = 20.0
 POLL_S = 0.05
-NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
-needs_gpu = (pytest.mark.gpu, NO_GPU)
+needs_gpu = (
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use"),
+)
 PORTS = range(12_000, 32_000)  # below those that the kernel gives to outgoing connections
 
 

@@ -13,9 +13,9 @@ from daemons import PrefillDaemon
 from hmad.compute.checkpoint import ModelConfig, read_config
 from hmad.compute.cuda_backend import check_precision
 from hmad.compute.cuda_memory import check_budget, open_device
+from hmad.edges.devices import enough_memory
+from hmad.facts.config import GIB
 from hmad.facts.errors import ConfigError
-
-GIB = 1 << 30
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,16 @@ def test_sums_that_do_not_fit(gpu: dict[str, tuple[int, int]]) -> None:
         ConfigError, match=r"10\.00 of 16\.00 GiB free, .* take 8\.00 .* 9\.00: weights 5\.00, arena 4\.00"
     ):
         check_budget(torch.device("cuda", 0), 8 * GIB, {"weights": 5 * GIB, "arena": 4 * GIB})
+
+
+@pytest.mark.parametrize(("code", "told"), [(2, ConfigError), (700, torch.AcceleratorError)])
+def test_memory_that_another_process_took(code: int, told: type[Exception]) -> None:
+    """What the driver lacks at the start is told as such; what it says of a fault is not."""
+    error = torch.AcceleratorError("the driver's words")
+    error.error_code = code
+    config = SimpleNamespace(device="cuda:0")
+    with pytest.raises(told, match="the driver's words"), enough_memory(config):  # type: ignore[arg-type]
+        raise error
 
 
 def test_staging_that_no_machine_has(model: Path) -> None:

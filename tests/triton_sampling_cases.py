@@ -240,3 +240,7 @@ def test_sampling_refuses_what_does_not_fit() -> None:
         sample_rows(logits[:, :0].contiguous(), neutral, counts, tokens, tops)
     with pytest.raises(ValueError, match=r"tokens must be contiguous int64 \[2\]"):
         count_tokens(counts, neutral.counts_row, tokens[:1])
+    with pytest.raises(ValueError, match=r"there is no row 1 in counts, int32 \[1, 1000\], strides"):
+        reset_counts(counts, 1, tokens, tokens)
+    with pytest.raises(ValueError, match=r"output_ids must be contiguous int64 \[-1\], not int32 \[2\]"):
+        reset_counts(counts, 0, tokens, tokens.int())

@@ -97,7 +97,7 @@ def check_precision(precision: str, device: torch.device) -> None:
     capability = torch.cuda.get_device_capability(device)
     if capability < FP8_CAPABILITY:
         raise ConfigError(
-            "precision fp8 needs a GPU of compute capability 8.9 or more, "
+            f"precision fp8 needs a GPU of compute capability {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]} or more, "
             f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}: choose another --precision"
         )
 

@@ -7,6 +7,7 @@ import torch
 
 from hmad.compute.checkpoint import ModelConfig, expected_tensors
 from hmad.compute.cuda_prefill_graphs import PrefillGraphs
+from hmad.facts.config import GIB
 from hmad.facts.errors import ConfigError
 from hmad_kernels.triton_attention import MAX_GROUP
 from hmad_kernels.triton_common import HEAD_DIMS
@@ -14,7 +15,6 @@ from hmad_kernels.triton_common import HEAD_DIMS
 SHARE_OF_FREE = 0.9  # of what is free at the start, where the configuration sets no budget
 LIBRARY_BYTES = 768 << 20  # of matrix libraries, compiled kernels and captured graphs; the CUDA context is not counted
 LINEAR_BYTES = {"fp32": 4, "bf16": 2, "int8": 1, "fp8": 1, "bfp8": 2}  # a weight, as held
-GIB = 1 << 30
 LEAST_CAPABILITY = (8, 0)  # Ampere: bfloat16 products, and attention over them
 
 
@@ -35,7 +35,8 @@ def open_device(name: str, config: ModelConfig) -> torch.device:
     if torch.version.hip is None and capability < LEAST_CAPABILITY:
         raise ConfigError(
             f"--device {name}: {torch.cuda.get_device_name(device)} has compute capability "
-            f"{capability[0]}.{capability[1]}, and hmad needs 8.0 or more: use a newer GPU, or --device cpu"
+            f"{capability[0]}.{capability[1]}, and hmad needs {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]} or more: "
+            "use a newer GPU, or --device cpu"
         )
     group = config.num_heads // config.num_kv_heads
     if config.head_dim not in HEAD_DIMS or group > MAX_GROUP:

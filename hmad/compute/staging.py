@@ -8,6 +8,8 @@ import threading
 import numpy as np
 import torch
 
+from hmad.compute.cuda_faults import lacks_memory
+from hmad.facts.config import GIB
 from hmad.facts.errors import ConfigError, LocalError
 
 
@@ -23,9 +25,11 @@ class StagingPool:
         try:
             self.memory = torch.empty((self.num_pages, page_bytes), dtype=torch.uint8, pin_memory=pinned)
         except RuntimeError as error:
-            gib, kind = staging_bytes / (1 << 30), "pinned memory" if pinned else "memory"
+            if isinstance(error, torch.AcceleratorError) and not lacks_memory(error):
+                raise
+            size, kind = f"{staging_bytes / GIB:.2f} GiB", "pinned memory" if pinned else "memory"
             raise ConfigError(
-                f"this machine does not give {gib:.2f} GiB of {kind}: lower --staging-bytes ({error})"
+                f"this machine does not give {size} of {kind}: lower --staging-bytes ({error})"
             ) from error
         self._pages: list[np.ndarray] = list(self.memory.numpy())
         self._free = list(range(self.num_pages))  # last in, first out: a page that is still in cache is taken first

@@ -7,12 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
-
 from hmad.compute import cpu
 from hmad.compute.arena import Arena
 from hmad.compute.cpu import CpuDecode, CpuPrefill
-from hmad.compute.cuda_faults import OUT_OF_MEMORY
+from hmad.compute.cuda_faults import lacks_memory
 from hmad.compute.device import DecodeDevice, PrefillDevice
 from hmad.compute.landing import HostLanding, Landing
 from hmad.compute.loading import load_model
@@ -60,8 +58,8 @@ def enough_memory(config: Config) -> Iterator[None]:
     """What was reckoned beforehand was not there: another process took of the GPU meanwhile."""
     try:
         yield
-    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
-        if isinstance(error, torch.AcceleratorError) and getattr(error, "error_code", None) != OUT_OF_MEMORY:
+    except RuntimeError as error:
+        if not lacks_memory(error):
             raise
         raise ConfigError(
             f"--device {config.device} ran out of memory while the node was being built: nodes that share a GPU need a "
