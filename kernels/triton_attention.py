@@ -30,6 +30,8 @@ from hmad_kernels.triton_common import (
     FORMAT_NAMES,
     FP8_E4M3,
     FP32,
+    INT8,
+    ITEM_FIELDS,
     MXFP8,
     TOKENS_PER_BLOCK,
     capability_of,
@@ -48,6 +50,7 @@ from hmad_kernels.triton_panels import (
     BFP8_SCALE,
     E4M3_CAPABILITY,
     E4M3_PLACED_SCALE,
+    INT8_SCALE,
     k_exponents,
     k_operand,
     load_k,
@@ -71,6 +74,7 @@ SHARED_BYTES_OF_A_PROGRAM = 1024  # that the system takes on top of what the pro
 LEAST_ITEM_TOKENS = 64  # shorter items cost the merge more than they save
 WAVE_ITEM_TOKENS = 512  # items that are at least so long leave room for one more wave
 MOST_BLOCK_TOKENS = max(TOKENS_PER_BLOCK)
+FIRST_SLOTS = tl.constexpr(4)  # of an item, which its row has
 EMPTY = -1  # the format code of an item that is not there
 MERGE_ITEMS = 16  # partial results that a warp of the merge reads at once
 MANY_ITEMS = 64  # of a sequence: then the merge has four warps
@@ -110,13 +114,18 @@ def tuning_for(format_name: str, capability: tuple[int, int] | None) -> Tuning:
 
 
 def split_items(
-    seq_segments: np.ndarray, segments: np.ndarray, item_tokens: int, capacity: int | None = None
+    seq_segments: np.ndarray,
+    segments: np.ndarray,
+    block_table: np.ndarray,
+    item_tokens: int,
+    capacity: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cut every segment evenly into the fewest items of ``item_tokens`` at most.
 
     ``seq_segments`` int32 [batch + 1] says which segments each sequence has; ``segments`` int32 [num_segments, 3] are
-    (format code, num_tokens, first index into the block table). Returns items int32 [capacity or as many as there are,
-    4]: sequence, format code (EMPTY: no item), first index into the block table, num_tokens; and seq_items int32
+    (format code, num_tokens, first index into ``block_table``, int32 [any]). Returns items int32 [capacity or as many
+    as there are, ITEM_FIELDS]: sequence, format code (EMPTY: no item), first index into the block table, num_tokens,
+    and the slots at that index and the three after it, which come with the rest of the row; and seq_items int32
     [batch + 1]: which items each sequence has. Raises ValueError if they do not fit into ``capacity``.
     """
     if item_tokens < 1 or item_tokens % MOST_BLOCK_TOKENS:
@@ -131,11 +140,13 @@ def split_items(
     size = -(-num_tokens // (counts[segment] * MOST_BLOCK_TOKENS)) * MOST_BLOCK_TOKENS
     skipped = (np.arange(total) - np.repeat(ends - counts, counts)) * size  # tokens before the item
     code = segments[segment, 0]
-    items = np.full((total if capacity is None else capacity, 4), EMPTY, dtype=np.int32)
+    first = segments[segment, 2] + skipped // np.array(TOKENS_PER_BLOCK)[code]
+    items = np.full((total if capacity is None else capacity, ITEM_FIELDS.value), EMPTY, dtype=np.int32)
     items[:total, 0] = np.repeat(np.arange(len(seq_segments) - 1), np.diff(seq_segments))[segment]
     items[:total, 1] = code
-    items[:total, 2] = segments[segment, 2] + skipped // np.array(TOKENS_PER_BLOCK)[code]
+    items[:total, 2] = first
     items[:total, 3] = np.minimum(num_tokens - skipped, size)
+    items[:total, 4:] = block_table[np.minimum(first[:, None] + np.arange(FIRST_SLOTS.value), len(block_table) - 1)]
     return items, np.concatenate(([0], ends)).astype(np.int32)[seq_segments]
 
 
@@ -239,6 +250,8 @@ def paged_decode_attention(
     of ``partial_shapes``. ``tuning`` replaces every format's own. A sequence without items gives NaN. Raises ValueError
     on shapes, dtypes and memory that do not fit.
     """
+    if not formats:
+        raise ValueError("formats names none, and attention needs one at least")
     codes = [format_code(name) for name in formats]
     group = _check(
         q, slots, items, seq_items, block_table, out, partial_values, partial_stats, num_kv_heads, codes
@@ -255,18 +268,24 @@ def paged_decode_attention(
     merge_warps = 4 if len(items) >= MANY_ITEMS * batch else 1
     _merge_kernel[(batch * num_heads,)](
         seq_items, partial_values, partial_stats, out, num_heads,
-        **merge_constants(head_dim, merge_warps), **merge_options(merge_warps),
+        **merge_constants(head_dim, merge_warps, capability), **merge_options(merge_warps, capability),
     )  # fmt: skip
 
 
-def merge_options(num_warps: int) -> dict[str, int | bool]:
-    """What Triton compiles the merge with."""
-    return {"num_warps": num_warps, "enable_fp_fusion": True}
+def merge_options(num_warps: int, capability: tuple[int, int] | None) -> dict[str, int | bool]:
+    """What Triton compiles and launches the merge with; ``capability`` as for tuning_for."""
+    options: dict[str, int | bool] = {"num_warps": num_warps, "enable_fp_fusion": True}
+    return options | {"launch_pdl": True} if _chains(capability) else options
 
 
-def merge_constants(head_dim: int, num_warps: int) -> dict[str, int]:
+def merge_constants(head_dim: int, num_warps: int, capability: tuple[int, int] | None) -> dict[str, int | bool]:
     """The compile-time constants of the merge."""
-    return {"ITEMS": MERGE_ITEMS * num_warps, "HEAD_DIM": head_dim}
+    return {"ITEMS": MERGE_ITEMS * num_warps, "HEAD_DIM": head_dim, "CHAINED": _chains(capability)}
+
+
+def _chains(capability: tuple[int, int] | None) -> bool:
+    """Whether a device starts the merge while the last programs of the attention still run."""
+    return capability is not None and capability >= (9, 0)
 
 
 def attend_constants(
@@ -282,6 +301,7 @@ def attend_constants(
         "ROWS": tuning.query_rows,
         "INTERPRETED": interpreted,
         "K_WIDTH": K_WIDTH,
+        "CHAINED": _chains(capability),
         "CAPABILITY": 0 if capability is None else 10 * capability[0] + capability[1],
     }
 
@@ -314,7 +334,7 @@ def _check(
     largest = max((2 * num_kv_heads * panel_bytes(code, head_dim) for code in codes), default=0)
     if largest > slots.shape[1]:
         raise ValueError(f"a block of {largest} bytes does not fit into a slot of {slots.shape[1]}")
-    check_metadata("items", items, (-1, 4))
+    check_metadata("items", items, (-1, ITEM_FIELDS.value))
     check_metadata("seq_items", seq_items, (batch + 1,))
     check_metadata("block_table", block_table, (-1,))
     shapes = partial_shapes(len(items), num_heads, head_dim)
@@ -372,31 +392,35 @@ def _attend_kernel(
     log2_scale, q_stride, slot_words, num_kv_heads, group,
     FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, PANEL_WORDS: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, INTERPRETED: tl.constexpr, K_WIDTH: tl.constexpr,
-    CAPABILITY: tl.constexpr,
+    CHAINED: tl.constexpr, CAPABILITY: tl.constexpr,
 ):  # fmt: skip
     """One item and one KV head. ``log2_scale`` is the softmax scale for exponents of two."""
+    if CHAINED:
+        tl.extra.cuda.gdc_launch_dependents()  # once all programs have begun: the merge waits for their results itself
     item = tl.program_id(0) // num_kv_heads
     head = tl.program_id(0) % num_kv_heads  # neighbours read neighbouring panels
-    # All of the item before it is known whether it is ours: one trip to memory instead of two.
-    sequence = tl.load(items + 4 * item).to(tl.int64)
-    code = tl.load(items + 4 * item + 1)
-    table = block_table + tl.load(items + 4 * item + 2)
-    num_tokens = tl.load(items + 4 * item + 3)
+    fields = items + ITEM_FIELDS * item
+    first_slots = fields + ITEM_FIELDS - FIRST_SLOTS
+    sequence = tl.load(fields).to(tl.int64)
+    code = tl.load(fields + 1)
+    table = block_table + tl.load(fields + 2)
+    num_tokens = tl.load(fields + 3)
     if code != FORMAT:
         return
     rows = tl.arange(0, ROWS)
     partial_head = (item.to(tl.int64) * num_kv_heads + head) * group
     queries = q + sequence * q_stride + (head * group + rows)[:, None] * HEAD_DIM
     panels = slots + head * (2 * PANEL_WORDS)
-    target = partial_values + (partial_head + rows)[:, None] * HEAD_DIM
     if FORMAT == FP32 or FORMAT == BF16:  # noqa: SIM109 (compiled code knows no tuples of constants)
         peak, total = _attend_floats(
-            queries, rows < group, panels, table, num_tokens, log2_scale, slot_words, target,
+            queries, rows < group, panels, first_slots, table, num_tokens,
+            log2_scale, slot_words, partial_values + (partial_head + rows)[:, None] * HEAD_DIM,
             FORMAT, HEAD_DIM, BLOCK_TOKENS, PANEL_WORDS, TOKENS, ROWS, INTERPRETED,
         )  # fmt: skip
     else:
         peak, total = _attend_words(
-            queries, rows < group, panels, table, num_tokens, log2_scale, slot_words, target,
+            q + sequence * q_stride + head * group * HEAD_DIM, group, panels, first_slots, table, num_tokens,
+            log2_scale, slot_words, partial_values + partial_head * HEAD_DIM,
             FORMAT, HEAD_DIM, PANEL_WORDS, TOKENS, ROWS, K_WIDTH, CAPABILITY,
         )  # fmt: skip
     stats = partial_stats + 2 * (partial_head + rows)
@@ -406,7 +430,7 @@ def _attend_kernel(
 
 @triton.jit
 def _attend_floats(
-    queries, is_head, panels, table, num_tokens, log2_scale, slot_words, target,
+    queries, is_head, panels, first_slots, table, num_tokens, log2_scale, slot_words, target,
     FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, PANEL_WORDS: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -420,7 +444,7 @@ def _attend_floats(
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
-    next_slot = _load_slots(table, 0, num_tokens, BLOCK_TOKENS, TOKENS)
+    next_slot = tl.load(first_slots + tl.arange(0, TOKENS) // BLOCK_TOKENS)
     for start in range(0, num_tokens, TOKENS):
         t = start + tl.arange(0, TOKENS)
         live = t < num_tokens
@@ -445,18 +469,27 @@ def _attend_floats(
 
 @triton.jit
 def _attend_words(
-    queries, is_head, panels, table, num_tokens, log2_scale, slot_words, target,
+    queries, group, panels, first_slots, table, num_tokens, log2_scale, slot_words, target,
     FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, PANEL_WORDS: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, K_WIDTH: tl.constexpr, CAPABILITY: tl.constexpr,
 ):  # fmt: skip
     """Attention over 8-bit values in words of four: K as one operand, V as four planes of dims 4 j + i.
 
-    A step begins with the loads of the next one's block, K and V together: so they are one run of memory.
+    A step begins with the loads of the next one's block, K and V together: so they are one run of memory. The first
+    block is loaded before anything else, so that the query is read and prepared while it comes.
     """
+    # Where the compiler, left to itself, reads the next block later in a step.
+    FENCED: tl.constexpr = CAPABILITY and (FORMAT == INT8 or FORMAT == MXFP8)  # noqa: SIM109
     BLOCKWISE: tl.constexpr = FORMAT >= MXFP8  # exponents of blocks of values, not scales of tokens
     PLACED: tl.constexpr = FORMAT >= FP8_E4M3 and CAPABILITY < E4M3_CAPABILITY
-    SCALE: tl.constexpr = BFP8_SCALE if FORMAT == BFP8 else E4M3_PLACED_SCALE if PLACED else 1.0
-    query, query_scale = _load_queries(queries, is_head, HEAD_DIM, K_WIDTH)
+    FLOAT_SCALE: tl.constexpr = BFP8_SCALE if FORMAT == BFP8 else E4M3_PLACED_SCALE if PLACED else 1.0
+    SCALE: tl.constexpr = INT8_SCALE if FORMAT == INT8 else FLOAT_SCALE
+    panel = panels + tl.load(first_slots).to(tl.int64) * slot_words
+    k_words, k_scales, v_evens, v_odds, v_scales = _load_block(
+        panel, num_tokens, FORMAT, HEAD_DIM, PANEL_WORDS, K_WIDTH
+    )
+    slot = tl.load(first_slots + 1)
+    query, query_scale = _load_queries(queries, group, HEAD_DIM, ROWS, K_WIDTH)
     score_scale = (query_scale * (log2_scale * SCALE))[None, :]
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -466,11 +499,6 @@ def _attend_words(
     acc2 = tl.zeros([HEAD_DIM // 4, ROWS], tl.float32)
     acc3 = tl.zeros([HEAD_DIM // 4, ROWS], tl.float32)
     t = tl.arange(0, TOKENS)
-    panel = panels + tl.load(table).to(tl.int64) * slot_words
-    k_words, k_scales, v_evens, v_odds, v_scales = _load_block(
-        panel, num_tokens, FORMAT, HEAD_DIM, PANEL_WORDS, K_WIDTH
-    )
-    slot = tl.load(table + 1, mask=num_tokens > TOKENS, other=0)
     for start in range(0, num_tokens, TOKENS):
         left = num_tokens - start - TOKENS
         next_panel = panels + slot.to(tl.int64) * slot_words
@@ -478,6 +506,8 @@ def _attend_words(
         next_k_words, next_k_scales, next_v_evens, next_v_odds, next_v_scales = _load_block(
             next_panel, left, FORMAT, HEAD_DIM, PANEL_WORDS, K_WIDTH
         )
+        if FENCED:
+            slot = _fenced(slot)
 
         if BLOCKWISE:
             unit = unit_of(k_scales, FORMAT)
@@ -521,12 +551,18 @@ def _attend_words(
         )  # fmt: skip
     unit = float_of(v_unit) * (SCALE / WEIGHT_SCALE)
     row = tl.arange(0, HEAD_DIM // 4)
-    place = tl.trans(target) + (row % 8 * (HEAD_DIM // 8) + row // 8 * 4)[:, None]
-    tl.store(place, acc0 * unit, mask=is_head[None, :])
-    tl.store(place + 1, acc1 * unit, mask=is_head[None, :])
-    tl.store(place + 2, acc2 * unit, mask=is_head[None, :])
-    tl.store(place + 3, acc3 * unit, mask=is_head[None, :])
+    first_dim = row % 8 * (HEAD_DIM // 8) + row // 8 * 4
+    head = tl.arange(0, ROWS)[None, :, None]
+    place = target + head * HEAD_DIM + first_dim[:, None, None] + tl.arange(0, 4)[None, None, :]
+    planes = tl.reshape(tl.join(tl.join(acc0, acc2), tl.join(acc1, acc3)), [HEAD_DIM // 4, ROWS, 4])
+    tl.store(place, planes * unit, mask=head < group)
     return peak, total
+
+
+@triton.jit
+def _fenced(x):
+    """``x``, behind a fence that no load before it is moved past by the compiler; the device does not wait at it."""
+    return tl.inline_asm_elementwise("fence.acq_rel.cta; mov.b32 $0, $1;", "=r,r", [x], tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -551,32 +587,46 @@ def _load_slots(table, start, num_tokens, BLOCK_TOKENS: tl.constexpr, TOKENS: tl
 
 
 @triton.jit
-def _load_queries(queries, is_head, HEAD_DIM: tl.constexpr, K_WIDTH: tl.constexpr):
-    """float16 [HEAD_DIM, ROWS], dims as ``k_operand`` orders them, each column over a power of two."""
-    k = tl.arange(0, HEAD_DIM)  # h w c e p
-    if K_WIDTH == 4:
-        dim = k // 64 * 64 + k // 4 % 4 * 16 + k // 16 % 4 * 4 + k % 2 * 2 + k // 2 % 2
-    else:  # h w e c p
-        dim = k // 64 * 64 + k // 2 % 4 * 16 + k // 16 % 4 * 4 + k % 2 * 2 + k // 8 % 2
-    values = to_f32(tl.load(tl.trans(queries) + dim[:, None], mask=is_head[None, :], other=0.0))
-    field = tl.max(tl.abs(values), axis=0).to(tl.int32, bitcast=True) & 0x7F800000
+def _load_queries(queries, group, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, K_WIDTH: tl.constexpr):
+    """float16 [HEAD_DIM, ROWS], dims as ``k_operand`` orders them, each column over a power of two.
+
+    Row (h, s, n, c) of the load is dims 64 h + 16 c + 8 s and seven more of query head n: what a lane reads is its
+    share of the operand.
+    """
+    row = tl.arange(0, HEAD_DIM // 8 * ROWS)
+    head = row // 4 % ROWS
+    dim = row // (8 * ROWS) * 64 + row % 4 * 16 + row // (4 * ROWS) % 2 * 8
+    source = queries + (head * HEAD_DIM + dim)[:, None] + tl.arange(0, 8)[None, :]
+    values = to_f32(tl.load(source, mask=(head < group)[:, None], other=0.0))
+    peaks = tl.max(tl.reshape(tl.max(tl.abs(values), axis=1), [HEAD_DIM // 32, ROWS, 4]), axis=2)
+    field = tl.max(peaks, axis=0).to(tl.int32, bitcast=True) & 0x7F800000
     field = tl.minimum(tl.maximum(field, 1 << 23), 253 << 23)
-    return (values * float_of((254 << 23) - field)[None, :]).to(tl.float16), float_of(field)
+    values = tl.reshape(values, [HEAD_DIM // 32, ROWS, 4, 8]) * float_of((254 << 23) - field)[None, :, None, None]
+    halves = tl.reshape(values.to(tl.float16), [HEAD_DIM // 64, 2, ROWS, 4, 2, 2, 2])  # h s n c w p e
+    halves = tl.permute(halves, (0, 1, 4, 3, 6, 5, 2) if K_WIDTH == 4 else (0, 1, 4, 6, 3, 5, 2))
+    return tl.reshape(halves, [HEAD_DIM, ROWS]), float_of(field)
 
 
 @triton.jit
 def _merge_kernel(
-    seq_items, partial_values, partial_stats, out, num_heads, ITEMS: tl.constexpr, HEAD_DIM: tl.constexpr
+    seq_items, partial_values, partial_stats, out, num_heads,
+    ITEMS: tl.constexpr, HEAD_DIM: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """One query head of one sequence: its items' partial results, weighted by what their maxima say."""
+    """One query head of one sequence: its items' partial results, weighted by what their maxima say.
+
+    What it reads before it waits for the attention was there before that was launched.
+    """
     sequence = tl.program_id(0) // num_heads
     head = tl.program_id(0) % num_heads
+    begin = tl.load(seq_items + sequence)
     end = tl.load(seq_items + sequence + 1)
+    if CHAINED:
+        tl.extra.cuda.gdc_wait()
     columns = tl.arange(0, HEAD_DIM)
     peak = tl.full([], float("-inf"), tl.float32)
     total = tl.full([], 0.0, tl.float32)
     acc = tl.zeros([HEAD_DIM], tl.float32)
-    for start in range(tl.load(seq_items + sequence), end, ITEMS):
+    for start in range(begin, end, ITEMS):
         item = start + tl.arange(0, ITEMS)
         here = item < end
         row = item.to(tl.int64) * num_heads + head

@@ -24,7 +24,7 @@ MXFP8_DEPTH, MXFP8_TOP = tl.constexpr(7), tl.constexpr(22)
 BFP8_DEPTH, BFP8_TOP = tl.constexpr(11), tl.constexpr(30)
 E4M3_CAPABILITY = tl.constexpr(89)  # the first that converts E4M3 itself
 # What operands are too small by, on top of their token's scale or their block's unit.
-E4M3_PLACED_SCALE, BFP8_SCALE = tl.constexpr(2.0**8), tl.constexpr(2.0**14)
+INT8_SCALE, E4M3_PLACED_SCALE, BFP8_SCALE = tl.constexpr(2.0**24), tl.constexpr(2.0**8), tl.constexpr(2.0**14)
 
 
 @triton.jit
@@ -145,7 +145,10 @@ def k_operand(
 ):
     """[32, HEAD_DIM]: column (h, w, c, e, p) is dim 64 h + 16 c + 4 w + 2 p + e."""
     H: tl.constexpr = HEAD_DIM // 64
-    if FORMAT == BFP8 and CAPABILITY:
+    if FORMAT == INT8 and CAPABILITY:
+        words ^= 0x80808080
+        evens, odds = _permuted(words, 0, 0x4240), _permuted(words, 0, 0x4341)
+    elif FORMAT == BFP8 and CAPABILITY:
         evens, odds = _signed(words, words, 0xA280), _signed(words, words, 0xB391)
     elif FORMAT >= FP8_E4M3 and CAPABILITY >= E4M3_CAPABILITY:
         words = _permuted(words, words, 0x3120)
@@ -170,7 +173,10 @@ def v_operand(
     ``evens`` and ``odds`` are the same words of an even token and of the odd one next to it.
     """
     HIGH: tl.constexpr = PLANE % 2 == 1
-    if FORMAT == BFP8 and CAPABILITY:
+    if FORMAT == INT8 and CAPABILITY:
+        words = _permuted(evens, odds, 0x5140 if PLANE < 2 else 0x7362) ^ 0x80808080
+        pairs = _permuted(words, 0, 0x4342 if HIGH else 0x4140)
+    elif FORMAT == BFP8 and CAPABILITY:
         pairs = _signed(evens, odds, 0xC480 + 0x1111 * PLANE)
     elif FORMAT >= FP8_E4M3 and CAPABILITY >= E4M3_CAPABILITY:
         pairs = _converted(_permuted(evens, odds, 0x5140 if PLANE < 2 else 0x7362), HIGH)
@@ -187,11 +193,11 @@ def v_operand(
 def _placed(words, HIGH: tl.constexpr, FORMAT: tl.constexpr):
     """Bytes 0 and 2 (HIGH: 1 and 3) of words as the bits of two float16, by shifts and masks.
 
-    int8: 1152 more than the value. E4M3: 2^-8 of it. bfp8: 2^-24 of the magnitude, as a subnormal number.
+    int8: 2^-24 of 128 more than the value. E4M3: 2^-8 of it. bfp8: 2^-24 of the magnitude. Those are subnormal numbers.
     """
     low = words >> 8 if HIGH else words
     if FORMAT == INT8:
-        return low & 0x00FF00FF ^ 0x64806480
+        return low & 0x00FF00FF ^ 0x00800080
     signs = (words if HIGH else words << 8) & 0x80008000
     if FORMAT == BFP8:
         return low & 0x007F007F | signs
@@ -232,7 +238,7 @@ def _converted(words, HIGH: tl.constexpr):
 def _halves(pairs, exponents, FORMAT: tl.constexpr, CAPABILITY: tl.constexpr):
     """The two float16 that words are the bits of, freed of int8's offset or scaled by their blocks' exponents."""
     if FORMAT == INT8:
-        return _as_half(pairs) - 1152.0, _as_half(pairs >> 16) - 1152.0
+        return _as_half(pairs) - 128.0 / INT8_SCALE, _as_half(pairs >> 16) - 128.0 / INT8_SCALE
     elif FORMAT == FP8_E4M3:
         return _as_half(pairs), _as_half(pairs >> 16)
     elif CAPABILITY:  # as one word: of halves, the compiler would make pairs again

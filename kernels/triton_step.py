@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hmad_kernels.triton_common import check_pinned, check_place, check_tensor
+from hmad_kernels.triton_common import ITEM_FIELDS, check_pinned, check_place, check_tensor
 
 MOST_STOPS = 4  # stop tokens of a row that the device watches for
 ROWS = 256  # of a program, or of one turn of its loop
@@ -109,7 +109,7 @@ def finish_step(
     num_rows = len(rows.sources)
     _check(rows, ROW_DTYPES, num_rows)
     _check(results, RESULT_DTYPES, num_rows)
-    check_tensor("items", items, torch.int32, (-1, 4))
+    check_tensor("items", items, torch.int32, (-1, ITEM_FIELDS.value))
     check_tensor("seq_items", seq_items, torch.int32, (num_rows + 1,))
     check_tensor("stops", stops, torch.int64, (MOST_STOPS, -1))
     check_tensor("turn", turn, torch.int32, (1,))
@@ -186,7 +186,7 @@ def _finish_kernel(
         tl.store(sources + row, row.to(tl.int64), mask=lives)
         tl.store(positions + row, tl.load(positions + row, mask=lives, other=0) + 1, mask=lives)
         tl.store(index + row, tl.load(index + row, mask=lives, other=0) + 1, mask=lives)
-        num_tokens = items + 4 * (tl.load(seq_items + row + 1, mask=lives, other=1) - 1) + 3
+        num_tokens = items + ITEM_FIELDS * (tl.load(seq_items + row + 1, mask=lives, other=1) - 1) + 3
         tl.store(num_tokens, tl.load(num_tokens, mask=lives, other=0) + 1, mask=lives)
     tl.store(host_num_special + at, num_special)
     tl.store(turn, (at + 1) % TURNS)

@@ -37,6 +37,7 @@ CAPABILITIES: dict[str, tuple[int, int] | None] = {
     "sm_100": (10, 0),
     "gfx942": None,
 }
+CHAINING = ("sm_90", "sm_100")  # where the merge is launched before the attention has ended
 FLOATS = ("fp32", "bf16")
 VALUE_BYTES = {"fp32": 4, "bf16": 2} | dict.fromkeys(("int8", "fp8_e4m3", "mxfp8", "bfp8"), 1)
 POINTERS = {
@@ -147,6 +148,7 @@ def test_attention_compiles(
     constants = attend_constants(format_code(name), head_dim, tuning, capability, interpreted=False)
     binary = compiled(triton_attention._attend_kernel, arch, constants, tuning.options(), q=dtype)
     assert_no_spills(binary, arch, tmp_path)
+    assert ("griddepcontrol.launch_dependents" in binary.asm.get("ptx", "")) == (arch in CHAINING)
     if capability is not None:
         # The loop's own loads, and as many as run ahead of it: by the pipeline's depth, or written one step ahead.
         copies = tuning.num_stages if name in FLOATS else 2
@@ -159,10 +161,12 @@ def test_attention_compiles(
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("num_warps", [1, 4])
 def test_merging_compiles(arch: str, head_dim: int, num_warps: int, tmp_path: Path) -> None:
-    kernel = triton_attention._merge_kernel
+    kernel, capability = triton_attention._merge_kernel, CAPABILITIES[arch]
     for out in FLOATS:
-        binary = compiled(kernel, arch, merge_constants(head_dim, num_warps), merge_options(num_warps), out=out)
+        constants, options = merge_constants(head_dim, num_warps, capability), merge_options(num_warps, capability)
+        binary = compiled(kernel, arch, constants, options, out=out)
         assert_no_spills(binary, arch, tmp_path)
+        assert ("griddepcontrol.wait" in binary.asm.get("ptx", "")) == (arch in CHAINING)
 
 
 def test_no_conversion_to_e4m3_that_sm_80_lacks(tmp_path: Path) -> None:

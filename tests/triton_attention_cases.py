@@ -1,6 +1,7 @@
 """Triton attention beside its reference twin. test_triton_kernels.py runs this file as it does the others."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,10 +27,11 @@ from hmad_kernels.triton_attention import (
     programs_at_once,
     split_items,
 )
-from hmad_kernels.triton_common import FORMAT_NAMES
+from hmad_kernels.triton_common import FORMAT_NAMES, ITEM_FIELDS
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 QUANTIZED = ("int8", "fp8_e4m3", "mxfp8", "bfp8")
+NO_SLOTS = np.zeros(1 << 15, np.int32)  # a block table of plans that nothing attends by
 FLOAT_ERROR = 1e-5  # of float32 operands; relative, over all results
 # Operands of 11 bits (float16), or of 8 (bfloat16, on a GPU only: the interpreter computes in float32).
 OPERAND_ERROR = {"fp32": FLOAT_ERROR, "bf16": FLOAT_ERROR if DEVICE == "cpu" else 8e-3} | dict.fromkeys(QUANTIZED, 1e-3)
@@ -56,7 +58,7 @@ class Case:
         self.sm_scale = case.sm_scale
 
     def run(self) -> Tensor:
-        segments = self.seq_segments.numpy(), self.segments.numpy()
+        segments = self.seq_segments.numpy(), self.segments.numpy(), self.block_table.cpu().numpy()
         capacity = len(split_items(*segments, self.item_tokens)[0]) + self.spare_items
         items, seq_items = split_items(*segments, self.item_tokens, capacity)
         out = torch.full_like(self.q, float("nan"), memory_format=torch.contiguous_format)
@@ -222,25 +224,33 @@ def test_a_nan_in_the_cache_stays_visible(panel: int) -> None:
 def test_items_cover_every_token_once_in_order() -> None:
     seq_segments = np.array([0, 2, 3], dtype=np.int32)
     segments = np.array([[2, 200, 0], [1, 17, 7], [1, 64, 9]], dtype=np.int32)
-    items, seq_items = split_items(seq_segments, segments, 64, capacity=8)
+    slots = np.arange(100, 112, dtype=np.int32)
+    items, seq_items = split_items(seq_segments, segments, slots, 64, capacity=8)
     assert seq_items.tolist() == [0, 5, 6]
-    whole = [[0, 2, 0, 64], [0, 2, 2, 64], [0, 2, 4, 64], [0, 2, 6, 8], [0, 1, 7, 17], [1, 1, 9, 64]]
-    assert items.tolist() == [*whole, [EMPTY] * 4, [EMPTY] * 4]
-    assert split_items(seq_segments, segments, 64)[0].tolist() == whole
+    whole = [
+        [0, 2, 0, 64, 100, 101, 102, 103],
+        [0, 2, 2, 64, 102, 103, 104, 105],
+        [0, 2, 4, 64, 104, 105, 106, 107],
+        [0, 2, 6, 8, 106, 107, 108, 109],
+        [0, 1, 7, 17, 107, 108, 109, 110],
+        [1, 1, 9, 64, 109, 110, 111, 111],
+    ]
+    assert items.tolist() == [*whole, [EMPTY] * 8, [EMPTY] * 8]
+    assert split_items(seq_segments, segments, slots, 64)[0].tolist() == whole
 
 
 def test_items_refuse_odd_sizes_and_full_plans() -> None:
     seq_segments, segments = np.array([0, 1], dtype=np.int32), np.array([[2, 200, 0]], dtype=np.int32)
     with pytest.raises(ValueError, match="multiple of 32, not 48"):
-        split_items(seq_segments, segments, 48)
+        split_items(seq_segments, segments, NO_SLOTS, 48)
     with pytest.raises(ValueError, match="4 items of 64 tokens do not fit into a plan of 3"):
-        split_items(seq_segments, segments, 64, capacity=3)
+        split_items(seq_segments, segments, NO_SLOTS, 64, capacity=3)
 
 
 def test_items_of_a_segment_are_of_about_equal_size() -> None:
-    items, _ = split_items(np.array([0, 1]), np.array([[1, 650, 4]]), 128)
-    assert items.tolist() == [[0, 1, 4 + 8 * i, 128] for i in range(5)] + [[0, 1, 44, 10]]
-    items, _ = split_items(np.array([0, 1]), np.array([[2, 800, 0]]), 352)
+    items, _ = split_items(np.array([0, 1]), np.array([[1, 650, 4]]), NO_SLOTS, 128)
+    assert items[:, :4].tolist() == [[0, 1, 4 + 8 * i, 128] for i in range(5)] + [[0, 1, 44, 10]]
+    items, _ = split_items(np.array([0, 1]), np.array([[2, 800, 0]]), NO_SLOTS, 352)
     assert items[:, 3].tolist() == [288, 288, 224]
 
 
@@ -302,7 +312,7 @@ def test_plans_never_exceed_their_capacity(
     seq_segments = np.cumsum([0] + [len(each) for each in sequences])
     item_tokens = item_tokens_for(segments, heads, processors, dict.fromkeys(FORMAT_NAMES, resident))
     capacity = plan_capacity(len(sequences), heads, processors)
-    items, seq_items = split_items(seq_segments, segments, item_tokens, capacity)
+    items, seq_items = split_items(seq_segments, segments, NO_SLOTS, item_tokens, capacity)
     assert len(items) == capacity <= PROGRAMS_PER_MULTIPROCESSOR * processors // heads + 4 * len(sequences) + 1
     held = items[:, 1] != EMPTY
     assert items[held, 3].sum() == segments[:, 1].sum()
@@ -312,19 +322,27 @@ def test_plans_never_exceed_their_capacity(
 
 @numpy_warns
 def test_attention_refuses_what_does_not_fit() -> None:
-    def launch(head_dim: int = 64, num_heads: int = 4, slot_bytes: int = 17408, **changes: Tensor) -> None:
+    def launch(
+        head_dim: int = 64,
+        num_heads: int = 4,
+        slot_bytes: int = 17408,
+        formats: Sequence[str] = ("bfp8",),
+        **changes: Tensor,
+    ) -> None:
         q = torch.zeros(1, num_heads, head_dim, device=DEVICE)
         scratch = [torch.zeros(shape, device=DEVICE) for shape in partial_shapes(1, num_heads, head_dim)]
         tensors = {
             "q": q, "slots": torch.zeros(1, slot_bytes, dtype=torch.uint8, device=DEVICE),
-            "items": torch.full((1, 4), EMPTY, dtype=torch.int32, device=DEVICE),
+            "items": torch.full((1, ITEM_FIELDS.value), EMPTY, dtype=torch.int32, device=DEVICE),
             "seq_items": torch.zeros(2, dtype=torch.int32, device=DEVICE),
             "block_table": torch.zeros(1, dtype=torch.int32, device=DEVICE), "out": q.clone(),
             "partial_values": scratch[0], "partial_stats": scratch[1],
         }  # fmt: skip
-        paged_decode_attention(**(tensors | changes), sm_scale=1.0, num_kv_heads=2, formats=["bfp8"])
+        paged_decode_attention(**(tensors | changes), sm_scale=1.0, num_kv_heads=2, formats=formats)
 
     launch()
+    with pytest.raises(ValueError, match="formats names none"):
+        launch(formats=())
     with pytest.raises(ValueError, match="head_dim must be one of"):
         launch(head_dim=96)
     with pytest.raises(ValueError, match="1 to 8 query heads, but 5 share 2"):
@@ -333,7 +351,7 @@ def test_attention_refuses_what_does_not_fit() -> None:
         launch(slot_bytes=8448)
     with pytest.raises(ValueError, match=r"q and out must both be .* and bfloat16"):
         launch(out=torch.zeros(1, 4, 64, dtype=torch.bfloat16, device=DEVICE))
-    with pytest.raises(ValueError, match=r"items must be contiguous int32 \[-1, 4\]"):
+    with pytest.raises(ValueError, match=r"items must be contiguous int32 \[-1, 8\]"):
         launch(items=torch.zeros(1, 3, dtype=torch.int32, device=DEVICE))
     with pytest.raises(ValueError, match=r"partial_stats must be float32 \[1, 4, 2\]"):
         launch(partial_stats=torch.zeros(1, 4, 3, device=DEVICE))

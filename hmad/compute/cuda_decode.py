@@ -45,7 +45,7 @@ from hmad_kernels.triton_attention import (
     resident_programs,
     split_items,
 )
-from hmad_kernels.triton_common import NO_ROW
+from hmad_kernels.triton_common import ITEM_FIELDS, NO_ROW
 from hmad_kernels.triton_rope import norm_rope_append
 from hmad_kernels.triton_sampling import count_tokens, reset_counts, sample_rows
 from hmad_kernels.triton_step import (
@@ -119,7 +119,11 @@ class CudaDecode:
             device,
         )
         self._plan = Bundle(  # likewise, and anew every PLAN_STEPS steps
-            {"items": Field(torch.int32, (capacity, 4)), "seq_items": Field(torch.int32, (max_batch_size + 1,))}, device
+            {
+                "items": Field(torch.int32, (capacity, ITEM_FIELDS.value)),
+                "seq_items": Field(torch.int32, (max_batch_size + 1,)),
+            },
+            device,
         )
         self._forced = Bundle(sampling_fields(("forced",), max_batch_size), device)
         self._on_device = self._rows.on_device | self._plan.on_device | self._forced.on_device
@@ -292,7 +296,7 @@ class CudaDecode:
         item_tokens = item_tokens_for(
             segments, self.model.config.num_kv_heads, self._num_multiprocessors, self._resident
         )
-        items, seq_items = split_items(batch.seq_segments, segments, item_tokens, capacity)
+        items, seq_items = split_items(batch.seq_segments, segments, batch.block_table, item_tokens, capacity)
         arrays["items"][:capacity] = items
         arrays["seq_items"][: size + 1] = seq_items
         arrays["seq_items"][size + 1 : num_rows + 1] = seq_items[-1]
