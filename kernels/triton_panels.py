@@ -45,19 +45,19 @@ def load_v(panel, num_tokens, ODD: tl.constexpr, FORMAT: tl.constexpr, HEAD_DIM:
 
 
 @triton.jit
-def k_exponents(panel, scales, unit, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr):
+def k_exponents(scales, unit, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr):
     """The ``exponents`` that ``_halves`` takes of the rows of load_k: the same for both values of a pair."""
     t, first = _k_rows(HEAD_DIM)
-    return (_exponent_bits(panel, scales, t, first, unit, FORMAT) * 0x10001)[:, None]
+    return (_exponent_bits(scales, t, first, unit, FORMAT) * 0x10001)[:, None]
 
 
 @triton.jit
-def v_exponents(panel, scales, unit, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, K_WIDTH: tl.constexpr):
+def v_exponents(scales, unit, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, K_WIDTH: tl.constexpr):
     """The same of the rows of load_v: a pair is an even and an odd token."""
     even_t, first = _v_rows(0, 8, HEAD_DIM, K_WIDTH)
     odd_t, first = _v_rows(1, 8, HEAD_DIM, K_WIDTH)
-    evens = _exponent_bits(panel, scales, even_t, first, unit, FORMAT)
-    odds = _exponent_bits(panel, scales, odd_t, first, unit, FORMAT)
+    evens = _exponent_bits(scales, even_t, first, unit, FORMAT)
+    odds = _exponent_bits(scales, odd_t, first, unit, FORMAT)
     return (evens | (odds << 16))[:, None]
 
 
@@ -122,17 +122,17 @@ def _word_place(t, j, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def _exponent_bits(panel, scales, t, first, unit, FORMAT: tl.constexpr):
+def _exponent_bits(scales, t, first, unit, FORMAT: tl.constexpr):
     """The exponents of 16 dims of a token relative to ``unit``, in the exponent field of a float16.
 
-    mxfp8's come from the lanes that hold ``scales``: where they were read again, the compiler had a step wait for them
-    and for the next block's loads together. bfp8's, spread over tiles, are quicker read again, as words.
+    They come from the lanes that hold ``scales``: where they were read again, the compiler had a step wait for them and
+    for the next block's loads together.
     """
     if FORMAT == MXFP8:
         exponent = (tl.gather(scales, t, 0) >> (first // 8 * 8)) & 0xFF
     else:
-        place = first // 8 * TILE_BYTES + t // 16 * 32 + first // 4 % 2 * 16 + t % 16
-        exponent = (tl.load(panel + place // 4) >> (place % 4 * 8)) & 0xFF
+        place = first // 8 * 64 + t // 16 * 32 + first // 4 % 2 * 16 + t % 16  # among the exponents of all tiles
+        exponent = (tl.gather(scales, place // 4, 0) >> (place % 4 * 8)) & 0xFF
     DEPTH: tl.constexpr = MXFP8_DEPTH if FORMAT == MXFP8 else BFP8_DEPTH
     TOP: tl.constexpr = MXFP8_TOP if FORMAT == MXFP8 else BFP8_TOP
     exponent += TOP - DEPTH - (unit >> 23)
