@@ -46,18 +46,30 @@ def load_v(panel, num_tokens, ODD: tl.constexpr, FORMAT: tl.constexpr, HEAD_DIM:
 
 @triton.jit
 def k_exponents(scales, unit, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """The ``exponents`` that ``_halves`` takes of the rows of load_k: the same for both values of a pair."""
+    """The ``exponents`` that ``_halves`` takes of the rows of load_k: the same for both values of a pair.
+
+    Exponents come from the lanes that hold ``scales``: where they were read again, the compiler had a step wait for
+    them and for the next block's loads together.
+    """
     t, first = _k_rows(HEAD_DIM)
-    return (_exponent_bits(scales, t, first, unit, FORMAT) * 0x10001)[:, None]
+    word, shift = _exponent_place(t, first, FORMAT)
+    if FORMAT == BFP8:  # a half of the dims has a half of the words: one exchange instead of two
+        word = tl.reshape(word % 32, [HEAD_DIM // 64, 128])
+        words = tl.reshape(tl.gather(tl.reshape(scales, [HEAD_DIM // 64, 32]), word, 1), [HEAD_DIM * 2])
+    else:
+        words = tl.gather(scales, word, 0)
+    return (_exponent_bits(words >> shift, unit, FORMAT) * 0x10001)[:, None]
 
 
 @triton.jit
 def v_exponents(scales, unit, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, K_WIDTH: tl.constexpr):
     """The same of the rows of load_v: a pair is an even and an odd token."""
-    even_t, first = _v_rows(0, 8, HEAD_DIM, K_WIDTH)
-    odd_t, first = _v_rows(1, 8, HEAD_DIM, K_WIDTH)
-    evens = _exponent_bits(scales, even_t, first, unit, FORMAT)
-    odds = _exponent_bits(scales, odd_t, first, unit, FORMAT)
+    t, first = _v_rows(0, 8, HEAD_DIM, K_WIDTH)
+    word, shift = _exponent_place(t, first, FORMAT)
+    evens = _exponent_bits(tl.gather(scales, word, 0) >> shift, unit, FORMAT)
+    t, first = _v_rows(1, 8, HEAD_DIM, K_WIDTH)
+    word, shift = _exponent_place(t, first, FORMAT)
+    odds = _exponent_bits(tl.gather(scales, word, 0) >> shift, unit, FORMAT)
     return (evens | (odds << 16))[:, None]
 
 
@@ -122,21 +134,21 @@ def _word_place(t, j, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def _exponent_bits(scales, t, first, unit, FORMAT: tl.constexpr):
-    """The exponents of 16 dims of a token relative to ``unit``, in the exponent field of a float16.
-
-    They come from the lanes that hold ``scales``: where they were read again, the compiler had a step wait for them and
-    for the next block's loads together.
-    """
+def _exponent_place(t, first, FORMAT: tl.constexpr):
+    """In which word of load_scales, and how many bits up, the exponent of the 16 dims is that word ``first`` begins."""
     if FORMAT == MXFP8:
-        exponent = (tl.gather(scales, t, 0) >> (first // 8 * 8)) & 0xFF
+        return t, first // 8 * 8
     else:
-        place = first // 8 * 64 + t // 16 * 32 + first // 4 % 2 * 16 + t % 16  # among the exponents of all tiles
-        exponent = (tl.gather(scales, place // 4, 0) >> (place % 4 * 8)) & 0xFF
+        return first // 8 * 16 + t // 16 * 8 + first // 4 % 2 * 4 + t % 16 // 4, t % 4 * 8
+
+
+@triton.jit
+def _exponent_bits(exponents, unit, FORMAT: tl.constexpr):
+    """Bytes of exponents relative to ``unit``, in the exponent field of a float16."""
     DEPTH: tl.constexpr = MXFP8_DEPTH if FORMAT == MXFP8 else BFP8_DEPTH
     TOP: tl.constexpr = MXFP8_TOP if FORMAT == MXFP8 else BFP8_TOP
-    exponent += TOP - DEPTH - (unit >> 23)
-    return (tl.minimum(tl.maximum(exponent, 0), TOP) << 10).to(tl.uint32)  # in place of no token it may be any
+    exponents = (exponents & 0xFF) + (TOP - DEPTH - (unit >> 23))
+    return (tl.minimum(tl.maximum(exponents, 0), TOP) << 10).to(tl.uint32)  # in place of no token it may be any
 
 
 @triton.jit
