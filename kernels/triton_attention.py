@@ -3,8 +3,8 @@
 The unit of work is an *item*: a run of tokens of one segment of one sequence. A program attends over one item with all
 query heads of one KV head, so that every raw byte is read once, and leaves a partial result; a second kernel merges
 the partial results of each query head by log-sum-exp. Items are of about equal size however long the sequences are,
-so a skewed batch is as fast as a uniform one. One launch per format: programs of other formats end at once, and the
-grids depend on the capacity of the plan alone, as a captured graph wants it.
+so a skewed batch is as fast as a uniform one. One launch per format: its grid depends on the capacity of the plan
+alone, as a captured graph wants it, and programs beyond the format's items end at once.
 
 Formats of 8 bits are read as words of four values, which ``triton_panels`` makes float16 numbers of, exact up to a
 scale per token; the scales are folded into the scores and the weights. A program is one warp, and a step of it one
@@ -33,6 +33,7 @@ from hmad_kernels.triton_common import (
     INT8,
     ITEM_FIELDS,
     MXFP8,
+    NO_ROW,
     TOKENS_PER_BLOCK,
     capability_of,
     check_head_dim,
@@ -75,7 +76,6 @@ LEAST_ITEM_TOKENS = 64  # shorter items cost the merge more than they save
 WAVE_ITEM_TOKENS = 512  # items that are at least so long leave room for one more wave
 MOST_BLOCK_TOKENS = max(TOKENS_PER_BLOCK)
 FIRST_SLOTS = tl.constexpr(4)  # of an item, which its row has
-EMPTY = -1  # the format code of an item that is not there
 MERGE_ITEMS = 16  # partial results that a warp of the merge reads at once
 MANY_ITEMS = 64  # of a sequence: then the merge has four warps
 # Neighbouring values that a lane holds of an operand: Triton decides, and another number costs speed, not correctness.
@@ -113,20 +113,30 @@ def tuning_for(format_name: str, capability: tuple[int, int] | None) -> Tuning:
     return Tuning(tokens=32, num_warps=1, num_stages=1, max_registers=255, query_rows=8)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What the programs of attention attend over: items, each with its *place*, where its partial result goes."""
+
+    items: np.ndarray  # int32 [num_formats, capacity, ITEM_FIELDS], the first of them by format code: see split_items
+    num_items: np.ndarray  # int32 [num_formats]
+    seq_items: np.ndarray  # int32 [batch + 1]: which places each sequence has
+    last_items: np.ndarray  # int32 [batch]: which item of its format the last of each sequence is; NO_ROW: it has none
+
+
 def split_items(
     seq_segments: np.ndarray,
     segments: np.ndarray,
     block_table: np.ndarray,
     item_tokens: int,
     capacity: int | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Plan:
     """Cut every segment evenly into the fewest items of ``item_tokens`` at most.
 
     ``seq_segments`` int32 [batch + 1] says which segments each sequence has; ``segments`` int32 [num_segments, 3] are
-    (format code, num_tokens, first index into ``block_table``, int32 [any]). Returns items int32 [capacity or as many
-    as there are, ITEM_FIELDS]: sequence, format code (EMPTY: no item), first index into the block table, num_tokens,
-    and the slots at that index and the three after it, which come with the rest of the row; and seq_items int32
-    [batch + 1]: which items each sequence has. Raises ValueError if they do not fit into ``capacity``.
+    (format code, num_tokens, first index into ``block_table``, int32 [any]). The fields of an item are: sequence,
+    place, first index into the block table, num_tokens, and the slots at that index and the three after it, which come
+    with the rest of the row. ``capacity`` is as many as there are if it is not given. Raises ValueError if they do not
+    fit into it.
     """
     if item_tokens < 1 or item_tokens % MOST_BLOCK_TOKENS:
         raise ValueError(f"item_tokens must be a positive multiple of {MOST_BLOCK_TOKENS}, not {item_tokens}")
@@ -141,13 +151,22 @@ def split_items(
     skipped = (np.arange(total) - np.repeat(ends - counts, counts)) * size  # tokens before the item
     code = segments[segment, 0]
     first = segments[segment, 2] + skipped // np.array(TOKENS_PER_BLOCK)[code]
-    items = np.full((total if capacity is None else capacity, ITEM_FIELDS.value), EMPTY, dtype=np.int32)
-    items[:total, 0] = np.repeat(np.arange(len(seq_segments) - 1), np.diff(seq_segments))[segment]
-    items[:total, 1] = code
-    items[:total, 2] = first
-    items[:total, 3] = np.minimum(num_tokens - skipped, size)
-    items[:total, 4:] = block_table[np.minimum(first[:, None] + np.arange(FIRST_SLOTS.value), len(block_table) - 1)]
-    return items, np.concatenate(([0], ends)).astype(np.int32)[seq_segments]
+    rows = np.empty((total, ITEM_FIELDS.value), dtype=np.int32)
+    rows[:, 0] = np.repeat(np.arange(len(seq_segments) - 1), np.diff(seq_segments))[segment]
+    rows[:, 1] = np.arange(total)
+    rows[:, 2] = first
+    rows[:, 3] = np.minimum(num_tokens - skipped, size)
+    rows[:, 4:] = block_table[np.minimum(first[:, None] + np.arange(FIRST_SLOTS.value), len(block_table) - 1)]
+    num_items = np.bincount(code, minlength=len(FORMAT_NAMES)).astype(np.int32)
+    index = np.empty(total, dtype=np.int32)  # of each among the items of its format
+    index[np.argsort(code, kind="stable")] = np.arange(total) - np.repeat(num_items.cumsum() - num_items, num_items)
+    items = np.zeros((len(FORMAT_NAMES), total if capacity is None else capacity, ITEM_FIELDS.value), dtype=np.int32)
+    items[code, index] = rows
+    seq_items = np.concatenate(([0], ends)).astype(np.int32)[seq_segments]
+    last_items = np.full(len(seq_items) - 1, NO_ROW, dtype=np.int32)
+    has_items = np.diff(seq_items) > 0
+    last_items[has_items] = index[seq_items[1:][has_items] - 1]
+    return Plan(items, num_items, seq_items, last_items)
 
 
 def item_tokens_for(
@@ -205,8 +224,8 @@ def resident_programs(
     code, tuned = format_code(format_name), tuning_for(format_name, capability)
     with torch.cuda.device(device):
         kernel = _attend_kernel.warmup(
-            dtype, torch.int32, torch.int32, torch.int32, torch.float32, torch.float32,
-            1.0, num_heads * head_dim, slot_bytes // 4, num_kv_heads, num_heads // num_kv_heads,
+            dtype, torch.int32, torch.int32, torch.int32, torch.int32, torch.float32, torch.float32,
+            1.0, num_heads * head_dim, slot_bytes // 4, ITEM_FIELDS.value, num_kv_heads, num_heads // num_kv_heads,
             **attend_constants(code, head_dim, tuned, capability, interpreted=False), **tuned.options(), grid=(1,),
         )  # fmt: skip
         kernel.run  # noqa: B018 (loads it, which tells its registers)
@@ -231,6 +250,7 @@ def paged_decode_attention(
     q: torch.Tensor,
     slots: torch.Tensor,
     items: torch.Tensor,
+    num_items: torch.Tensor,
     seq_items: torch.Tensor,
     block_table: torch.Tensor,
     out: torch.Tensor,
@@ -244,28 +264,28 @@ def paged_decode_attention(
     """Attention of one query token per sequence over its items.
 
     q and out [batch, num_heads, head_dim], both bfloat16 or both float32; the rows of q may lie further apart, as in a
-    projection of which they are a part; slots uint8 [num_slots, slot_bytes]; items,
-    seq_items (see split_items) and block_table int32, on the device. What they say is not checked here: whoever made
-    them on the host did. ``formats`` are those that items may have; an item of another would be missed. The scratch is
-    of ``partial_shapes``. ``tuning`` replaces every format's own. A sequence without items gives NaN. Raises ValueError
-    on shapes, dtypes and memory that do not fit.
+    projection of which they are a part; slots uint8 [num_slots, slot_bytes]; items, num_items, seq_items (see Plan;
+    the items of a format may lie further apart from those of the next) and block_table int32, on the device. What they
+    say is not checked here: whoever made them on the host did. ``formats`` are those that items may have; an item of
+    another would be missed. The scratch is of ``partial_shapes``. ``tuning`` replaces every format's own. A sequence
+    without items gives NaN. Raises ValueError on shapes, dtypes and memory that do not fit.
     """
     if not formats:
         raise ValueError("formats names none, and attention needs one at least")
     codes = [format_code(name) for name in formats]
     group = _check(
-        q, slots, items, seq_items, block_table, out, partial_values, partial_stats, num_kv_heads, codes
-    )  # fmt: skip
-    batch, num_heads, head_dim = q.shape
+        q, slots, items, num_items, seq_items, block_table, out, partial_values, partial_stats, num_kv_heads, codes
+    )
+    (batch, num_heads, head_dim), capacity = q.shape, items.shape[1]
     capability = capability_of(q.device)
     for code, name in zip(codes, formats, strict=True):
         tuned = tuning or tuning_for(name, capability)
-        _attend_kernel[(len(items) * num_kv_heads,)](
-            q, slots.view(torch.int32), items, block_table, partial_values, partial_stats,
-            sm_scale * LOG2_E, q.stride(0), slots.stride(0) // 4, num_kv_heads, group,
+        _attend_kernel[(capacity * num_kv_heads,)](
+            q, slots.view(torch.int32), items, num_items, block_table, partial_values, partial_stats,
+            sm_scale * LOG2_E, q.stride(0), slots.stride(0) // 4, items.stride(0), num_kv_heads, group,
             **attend_constants(code, head_dim, tuned, capability, interpreted=interprets()), **tuned.options(),
         )  # fmt: skip
-    merge_warps = 4 if len(items) >= MANY_ITEMS * batch else 1
+    merge_warps = 4 if capacity >= MANY_ITEMS * batch else 1
     _merge_kernel[(batch * num_heads,)](
         seq_items, partial_values, partial_stats, out, num_heads,
         **merge_constants(head_dim, merge_warps, capability), **merge_options(merge_warps, capability),
@@ -310,6 +330,7 @@ def _check(
     q: torch.Tensor,
     slots: torch.Tensor,
     items: torch.Tensor,
+    num_items: torch.Tensor,
     seq_items: torch.Tensor,
     block_table: torch.Tensor,
     out: torch.Tensor,
@@ -334,25 +355,34 @@ def _check(
     largest = max((2 * num_kv_heads * panel_bytes(code, head_dim) for code in codes), default=0)
     if largest > slots.shape[1]:
         raise ValueError(f"a block of {largest} bytes does not fit into a slot of {slots.shape[1]}")
-    check_metadata("items", items, (-1, ITEM_FIELDS.value))
+    num_formats, fields = len(FORMAT_NAMES), ITEM_FIELDS.value
+    if (
+        items.dtype != torch.int32
+        or items.dim() != 3
+        or (items.shape[0], items.shape[2]) != (num_formats, fields)
+        or items.stride()[1:] != (fields, 1)
+        or items.stride(0) % fields
+    ):
+        raise ValueError(f"items must be int32 [{num_formats}, capacity, {fields}] in rows, not {described(items)}")
+    check_metadata("num_items", num_items, (num_formats,))
     check_metadata("seq_items", seq_items, (batch + 1,))
     check_metadata("block_table", block_table, (-1,))
-    shapes = partial_shapes(len(items), num_heads, head_dim)
+    shapes = partial_shapes(items.shape[1], num_heads, head_dim)
     for name, tensor, shape in zip(
         ("partial_values", "partial_stats"), (partial_values, partial_stats), shapes, strict=True
     ):
         if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must be float32 {list(shape)}, not {described(tensor)}")
     tensors = {
-        "q": q, "slots": slots, "items": items, "seq_items": seq_items, "block_table": block_table, "out": out,
-        "partial_values": partial_values, "partial_stats": partial_stats,
+        "q": q, "slots": slots, "items": items, "num_items": num_items, "seq_items": seq_items,
+        "block_table": block_table, "out": out, "partial_values": partial_values, "partial_stats": partial_stats,
     }  # fmt: skip
     if q.stride()[1:] != (head_dim, 1) or q.stride(0) * q.element_size() % ALIGN_BYTES:
         raise ValueError(
             f"the heads of q must be contiguous and its rows aligned to {ALIGN_BYTES} bytes, not {described(q)}"
         )
     for name, tensor in tensors.items():
-        if tensor is not q and not tensor.is_contiguous():
+        if tensor is not q and tensor is not items and not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, not {described(tensor)}")
     check_place(tensors)
     return group
@@ -386,10 +416,10 @@ def paged_decode_attention_reference(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["format_stride"])  # or plans of other capacities would have it compiled anew
 def _attend_kernel(
-    q, slots, items, block_table, partial_values, partial_stats,
-    log2_scale, q_stride, slot_words, num_kv_heads, group,
+    q, slots, items, num_items, block_table, partial_values, partial_stats,
+    log2_scale, q_stride, slot_words, format_stride, num_kv_heads, group,
     FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, PANEL_WORDS: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, INTERPRETED: tl.constexpr, K_WIDTH: tl.constexpr,
     CHAINED: tl.constexpr, CAPABILITY: tl.constexpr,
@@ -399,19 +429,26 @@ def _attend_kernel(
         tl.extra.cuda.gdc_launch_dependents()  # once all programs have begun: the merge waits for their results itself
     item = tl.program_id(0) // num_kv_heads
     head = tl.program_id(0) % num_kv_heads  # neighbours read neighbouring panels
-    fields = items + ITEM_FIELDS * item
-    first_slots = fields + ITEM_FIELDS - FIRST_SLOTS
-    sequence = tl.load(fields).to(tl.int64)
-    code = tl.load(fields + 1)
-    table = block_table + tl.load(fields + 2)
-    num_tokens = tl.load(fields + 3)
-    if code != FORMAT:
+    # The item is read before it is known whether there is one: a trip to memory instead of two. Volatile, or the
+    # compiler would move that behind the branch.
+    fields = items + FORMAT * format_stride + ITEM_FIELDS * item
+    sequence = tl.load(fields, volatile=True).to(tl.int64)
+    place = tl.load(fields + 1, volatile=True).to(tl.int64)
+    table = block_table + tl.load(fields + 2, volatile=True)
+    num_tokens = tl.load(fields + 3, volatile=True)
+    slots_ahead = fields + ITEM_FIELDS - FIRST_SLOTS
+    if FORMAT == FP32 or FORMAT == BF16:  # noqa: SIM109 (compiled code knows no tuples of constants)
+        first_slots = tl.load(slots_ahead + tl.arange(0, TOKENS) // BLOCK_TOKENS, volatile=True)
+    else:
+        first_slot = tl.load(slots_ahead, volatile=True)
+        next_slot = tl.load(slots_ahead + 1, volatile=True)
+    if item >= tl.load(num_items + FORMAT):
         return
     rows = tl.arange(0, ROWS)
-    partial_head = (item.to(tl.int64) * num_kv_heads + head) * group
+    partial_head = (place * num_kv_heads + head) * group
     queries = q + sequence * q_stride + (head * group + rows)[:, None] * HEAD_DIM
     panels = slots + head * (2 * PANEL_WORDS)
-    if FORMAT == FP32 or FORMAT == BF16:  # noqa: SIM109 (compiled code knows no tuples of constants)
+    if FORMAT == FP32 or FORMAT == BF16:  # noqa: SIM109
         peak, total = _attend_floats(
             queries, rows < group, panels, first_slots, table, num_tokens,
             log2_scale, slot_words, partial_values + (partial_head + rows)[:, None] * HEAD_DIM,
@@ -419,8 +456,8 @@ def _attend_kernel(
         )  # fmt: skip
     else:
         peak, total = _attend_words(
-            q + sequence * q_stride + head * group * HEAD_DIM, group, panels, first_slots, table, num_tokens,
-            log2_scale, slot_words, partial_values + partial_head * HEAD_DIM,
+            q + sequence * q_stride + head * group * HEAD_DIM, group, panels, first_slot, next_slot, table,
+            num_tokens, log2_scale, slot_words, partial_values + partial_head * HEAD_DIM,
             FORMAT, HEAD_DIM, PANEL_WORDS, TOKENS, ROWS, K_WIDTH, CAPABILITY,
         )  # fmt: skip
     stats = partial_stats + 2 * (partial_head + rows)
@@ -444,7 +481,7 @@ def _attend_floats(
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
-    next_slot = tl.load(first_slots + tl.arange(0, TOKENS) // BLOCK_TOKENS)
+    next_slot = first_slots
     for start in range(0, num_tokens, TOKENS):
         t = start + tl.arange(0, TOKENS)
         live = t < num_tokens
@@ -469,7 +506,7 @@ def _attend_floats(
 
 @triton.jit
 def _attend_words(
-    queries, group, panels, first_slots, table, num_tokens, log2_scale, slot_words, target,
+    queries, group, panels, first_slot, slot, table, num_tokens, log2_scale, slot_words, target,
     FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, PANEL_WORDS: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, K_WIDTH: tl.constexpr, CAPABILITY: tl.constexpr,
 ):  # fmt: skip
@@ -485,11 +522,10 @@ def _attend_words(
     PLACED: tl.constexpr = FORMAT >= FP8_E4M3 and CAPABILITY < E4M3_CAPABILITY
     FLOAT_SCALE: tl.constexpr = BFP8_SCALE if FORMAT == BFP8 else E4M3_PLACED_SCALE if PLACED else 1.0
     SCALE: tl.constexpr = INT8_SCALE if FORMAT == INT8 else FLOAT_SCALE
-    first_panel = panels + tl.load(first_slots).to(tl.int64) * slot_words
+    first_panel = panels + first_slot.to(tl.int64) * slot_words
     k_words, k_scales, v_evens, v_odds, v_scales = _load_block(
         first_panel, num_tokens, FORMAT, HEAD_DIM, PANEL_WORDS, K_WIDTH
     )
-    slot = tl.load(first_slots + 1)
     query, query_scale = _load_queries(queries, group, HEAD_DIM, ROWS, K_WIDTH)
     score_scale = (query_scale * (log2_scale * SCALE))[None, :]
     peak = tl.full([ROWS], float("-inf"), tl.float32)

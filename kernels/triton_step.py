@@ -92,7 +92,7 @@ def finish_step(
     rows: StepRows,
     results: StepResults,
     items: torch.Tensor,
-    seq_items: torch.Tensor,
+    last_items: torch.Tensor,
     stops: torch.Tensor,
     turn: torch.Tensor,
     host: StepResults,
@@ -101,8 +101,9 @@ def finish_step(
     """Write results to the pinned memory ``host`` at ``turn`` int32 [1], and to ``host_num_special`` int32 [turns] how
     many rows the host has to look at: those with bad KV, with a top that is not finite, or with a token of their column
     of ``stops`` int64 [MOST_STOPS, as many columns as rows or more], where -1 is none. Then count on: turn, positions
-    and indices by one, and the last of each row's ``items`` (see ``split_items``) by one token. Every row's newest
-    token is its own now. What indices say is not checked.
+    and indices by one, and by one token that of the ``items`` int32 [any, ITEM_FIELDS] (of the tails' format, see
+    ``triton_attention.Plan``) which is each row's of ``last_items`` int32 [B]. Every row's newest token is its own now.
+    What indices say is not checked.
 
     Raises ValueError on shapes, dtypes and memory that do not fit.
     """
@@ -110,7 +111,7 @@ def finish_step(
     _check(rows, ROW_DTYPES, num_rows)
     _check(results, RESULT_DTYPES, num_rows)
     check_tensor("items", items, torch.int32, (-1, ITEM_FIELDS.value))
-    check_tensor("seq_items", seq_items, torch.int32, (num_rows + 1,))
+    check_tensor("last_items", last_items, torch.int32, (num_rows,))
     check_tensor("stops", stops, torch.int64, (MOST_STOPS, -1))
     check_tensor("turn", turn, torch.int32, (1,))
     num_turns, host_rows = host.token_ids.shape
@@ -120,13 +121,13 @@ def finish_step(
     for name, room in (("stops", stops.shape[1]), ("the host", host_rows)):
         if room < num_rows:
             raise ValueError(f"{name} has room for {room} rows, not for {num_rows}")
-    on_device = {"results": results.token_ids, "items": items, "seq_items": seq_items, "stops": stops, "turn": turn}
+    on_device = {"results": results.token_ids, "items": items, "last_items": last_items, "stops": stops, "turn": turn}
     check_place(vars(rows) | on_device)
     check_pinned({f"the host's {name}": getattr(host, name) for name in RESULT_DTYPES})
     check_pinned({"host_num_special": host_num_special})
     _finish_kernel[(1,)](
         rows.sources, rows.positions, rows.index, rows.tail_firsts, results.token_ids, results.tops, results.bad_rows,
-        items, seq_items, stops, turn, host.token_ids, host.tops, host.bad_rows, host_num_special,
+        items, last_items, stops, turn, host.token_ids, host.tops, host.bad_rows, host_num_special,
         num_rows, stops.shape[1], host_rows,
         STOPS=MOST_STOPS, TURNS=num_turns, ROWS=ROWS, **STEP_OPTIONS,
     )  # fmt: skip
@@ -161,7 +162,7 @@ def _begin_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _finish_kernel(
-    sources, positions, index, tail_firsts, drawn, tops, bad_rows, items, seq_items, stops, turn,
+    sources, positions, index, tail_firsts, drawn, tops, bad_rows, items, last_items, stops, turn,
     host_drawn, host_tops, host_bad_rows, host_num_special, num_rows, stops_rows, host_rows,
     STOPS: tl.constexpr, TURNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -186,7 +187,7 @@ def _finish_kernel(
         tl.store(sources + row, row.to(tl.int64), mask=lives)
         tl.store(positions + row, tl.load(positions + row, mask=lives, other=0) + 1, mask=lives)
         tl.store(index + row, tl.load(index + row, mask=lives, other=0) + 1, mask=lives)
-        num_tokens = items + ITEM_FIELDS * (tl.load(seq_items + row + 1, mask=lives, other=1) - 1) + 3
+        num_tokens = items + ITEM_FIELDS * tl.load(last_items + row, mask=lives, other=0) + 3
         tl.store(num_tokens, tl.load(num_tokens, mask=lives, other=0) + 1, mask=lives)
     tl.store(host_num_special + at, num_special)
     tl.store(turn, (at + 1) % TURNS)

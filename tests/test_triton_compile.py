@@ -42,7 +42,7 @@ FLOATS = ("fp32", "bf16")
 VALUE_BYTES = {"fp32": 4, "bf16": 2} | dict.fromkeys(("int8", "fp8_e4m3", "mxfp8", "bfp8"), 1)
 POINTERS = {
     "k": "bf16", "v": "bf16", "q": "bf16", "out": "u8", "blocks": "i32", "bad_rows": "u8", "slots": "i32",
-    "slot_ids": "i32", "offsets": "i32", "items": "i32", "seq_items": "i32", "block_table": "i32",
+    "slot_ids": "i32", "offsets": "i32", "items": "i32", "num_items": "i32", "seq_items": "i32", "block_table": "i32",
     "partial_values": "fp32", "partial_stats": "fp32", "x": "bf16", "delta": "bf16", "weight": "bf16",
     "gate_up": "bf16", "scales": "fp32", "acc": "i32", "row_scales": "fp32", "column_scales": "fp32", "qkv": "bf16",
     "q_weight": "bf16", "k_weight": "bf16", "rope_table": "bf16", "positions": "i64",

@@ -16,7 +16,6 @@ from hmad.compute.codecs import decode, encode
 from hmad.facts.formats import FORMATS, KVFormat
 from hmad_kernels import triton_attention
 from hmad_kernels.triton_attention import (
-    EMPTY,
     PROGRAMS_PER_MULTIPROCESSOR,
     Tuning,
     item_tokens_for,
@@ -27,7 +26,7 @@ from hmad_kernels.triton_attention import (
     programs_at_once,
     split_items,
 )
-from hmad_kernels.triton_common import FORMAT_NAMES, ITEM_FIELDS
+from hmad_kernels.triton_common import FORMAT_NAMES, ITEM_FIELDS, NO_ROW
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 QUANTIZED = ("int8", "fp8_e4m3", "mxfp8", "bfp8")
@@ -59,15 +58,20 @@ class Case:
 
     def run(self) -> Tensor:
         segments = self.seq_segments.numpy(), self.segments.numpy(), self.block_table.cpu().numpy()
-        capacity = len(split_items(*segments, self.item_tokens)[0]) + self.spare_items
-        items, seq_items = split_items(*segments, self.item_tokens, capacity)
+        capacity = int(split_items(*segments, self.item_tokens).num_items.sum()) + self.spare_items
+        plan = split_items(*segments, self.item_tokens, capacity)
+        # What lies behind a format's items belongs to none; they may lie further apart than the plan is wide.
+        items = np.full((len(FORMAT_NAMES), capacity + 3, ITEM_FIELDS.value), 1 << 30, dtype=np.int32)
+        for code, number in enumerate(plan.num_items):
+            items[code, :number] = plan.items[code, :number]
         out = torch.full_like(self.q, float("nan"), memory_format=torch.contiguous_format)
         scratch = [
             torch.full(shape, float("nan"), device=DEVICE)
-            for shape in partial_shapes(len(items), self.q.shape[1], self.head_dim)
+            for shape in partial_shapes(capacity, self.q.shape[1], self.head_dim)
         ]
         paged_decode_attention(
-            self.q, self.slots, torch.from_numpy(items).to(DEVICE), torch.from_numpy(seq_items).to(DEVICE),
+            self.q, self.slots, torch.from_numpy(items).to(DEVICE)[:, :capacity],
+            torch.from_numpy(plan.num_items).to(DEVICE), torch.from_numpy(plan.seq_items).to(DEVICE),
             self.block_table, out, *scratch, self.sm_scale, NUM_KV_HEADS,
             sorted({name for sequence in self.sequences for name, _ in sequence}), self.tuning,
         )  # fmt: skip
@@ -222,21 +226,25 @@ def test_a_nan_in_the_cache_stays_visible(panel: int) -> None:
 
 
 def test_items_cover_every_token_once_in_order() -> None:
-    seq_segments = np.array([0, 2, 3], dtype=np.int32)
+    seq_segments = np.array([0, 2, 3, 3], dtype=np.int32)
     segments = np.array([[2, 200, 0], [1, 17, 7], [1, 64, 9]], dtype=np.int32)
     slots = np.arange(100, 112, dtype=np.int32)
-    items, seq_items = split_items(seq_segments, segments, slots, 64, capacity=8)
-    assert seq_items.tolist() == [0, 5, 6]
-    whole = [
-        [0, 2, 0, 64, 100, 101, 102, 103],
-        [0, 2, 2, 64, 102, 103, 104, 105],
+    plan = split_items(seq_segments, segments, slots, 64, capacity=8)
+    assert plan.items.shape == (6, 8, 8)
+    assert plan.seq_items.tolist() == [0, 5, 6, 6]
+    assert plan.num_items.tolist() == [0, 2, 4, 0, 0, 0]
+    assert plan.last_items.tolist() == [0, 1, NO_ROW]
+    assert plan.items[2, :4].tolist() == [
+        [0, 0, 0, 64, 100, 101, 102, 103],
+        [0, 1, 2, 64, 102, 103, 104, 105],
         [0, 2, 4, 64, 104, 105, 106, 107],
-        [0, 2, 6, 8, 106, 107, 108, 109],
-        [0, 1, 7, 17, 107, 108, 109, 110],
-        [1, 1, 9, 64, 109, 110, 111, 111],
+        [0, 3, 6, 8, 106, 107, 108, 109],
     ]
-    assert items.tolist() == [*whole, [EMPTY] * 8, [EMPTY] * 8]
-    assert split_items(seq_segments, segments, slots, 64)[0].tolist() == whole
+    assert plan.items[1, :2].tolist() == [
+        [0, 4, 7, 17, 107, 108, 109, 110],
+        [1, 5, 9, 64, 109, 110, 111, 111],
+    ]
+    assert split_items(seq_segments, segments, slots, 64).items.shape == (6, 6, 8)
 
 
 def test_items_refuse_odd_sizes_and_full_plans() -> None:
@@ -248,9 +256,9 @@ def test_items_refuse_odd_sizes_and_full_plans() -> None:
 
 
 def test_items_of_a_segment_are_of_about_equal_size() -> None:
-    items, _ = split_items(np.array([0, 1]), np.array([[1, 650, 4]]), NO_SLOTS, 128)
-    assert items[:, :4].tolist() == [[0, 1, 4 + 8 * i, 128] for i in range(5)] + [[0, 1, 44, 10]]
-    items, _ = split_items(np.array([0, 1]), np.array([[2, 800, 0]]), NO_SLOTS, 352)
+    items = split_items(np.array([0, 1]), np.array([[1, 650, 4]]), NO_SLOTS, 128).items[1]
+    assert items[:, :4].tolist() == [[0, i, 4 + 8 * i, 128] for i in range(5)] + [[0, 5, 44, 10]]
+    items = split_items(np.array([0, 1]), np.array([[2, 800, 0]]), NO_SLOTS, 352).items[2]
     assert items[:, 3].tolist() == [288, 288, 224]
 
 
@@ -312,12 +320,13 @@ def test_plans_never_exceed_their_capacity(
     seq_segments = np.cumsum([0] + [len(each) for each in sequences])
     item_tokens = item_tokens_for(segments, heads, processors, dict.fromkeys(FORMAT_NAMES, resident))
     capacity = plan_capacity(len(sequences), heads, processors)
-    items, seq_items = split_items(seq_segments, segments, NO_SLOTS, item_tokens, capacity)
-    assert len(items) == capacity <= PROGRAMS_PER_MULTIPROCESSOR * processors // heads + 4 * len(sequences) + 1
-    held = items[:, 1] != EMPTY
-    assert items[held, 3].sum() == segments[:, 1].sum()
-    assert (items[held, 3] > 0).all()
-    assert held.sum() == seq_items[-1]
+    plan = split_items(seq_segments, segments, NO_SLOTS, item_tokens, capacity)
+    assert plan.items.shape[1] == capacity <= PROGRAMS_PER_MULTIPROCESSOR * processors // heads + 4 * len(sequences) + 1
+    items = np.concatenate([plan.items[code, :number] for code, number in enumerate(plan.num_items)])
+    assert sorted(items[:, 1]) == list(range(plan.seq_items[-1]))
+    assert items[:, 3].sum() == segments[:, 1].sum()
+    assert (items[:, 3] > 0).all()
+    assert (np.diff(plan.seq_items)[items[:, 0]] > 0).all()
 
 
 @numpy_warns
@@ -333,7 +342,8 @@ def test_attention_refuses_what_does_not_fit() -> None:
         scratch = [torch.zeros(shape, device=DEVICE) for shape in partial_shapes(1, num_heads, head_dim)]
         tensors = {
             "q": q, "slots": torch.zeros(1, slot_bytes, dtype=torch.uint8, device=DEVICE),
-            "items": torch.full((1, ITEM_FIELDS.value), EMPTY, dtype=torch.int32, device=DEVICE),
+            "items": torch.zeros(6, 1, 8, dtype=torch.int32, device=DEVICE),
+            "num_items": torch.zeros(6, dtype=torch.int32, device=DEVICE),
             "seq_items": torch.zeros(2, dtype=torch.int32, device=DEVICE),
             "block_table": torch.zeros(1, dtype=torch.int32, device=DEVICE), "out": q.clone(),
             "partial_values": scratch[0], "partial_stats": scratch[1],
@@ -351,8 +361,19 @@ def test_attention_refuses_what_does_not_fit() -> None:
         launch(slot_bytes=8448)
     with pytest.raises(ValueError, match=r"q and out must both be .* and bfloat16"):
         launch(out=torch.zeros(1, 4, 64, dtype=torch.bfloat16, device=DEVICE))
-    with pytest.raises(ValueError, match=r"items must be contiguous int32 \[-1, 8\]"):
-        launch(items=torch.zeros(1, 3, dtype=torch.int32, device=DEVICE))
+    items_of_other_sizes = [
+        torch.zeros(6, 1, 3, dtype=torch.int32, device=DEVICE),
+        torch.zeros(5, 1, 8, dtype=torch.int32, device=DEVICE),
+        torch.zeros(6, 8, dtype=torch.int32, device=DEVICE),
+        torch.zeros(6, 1, 8, device=DEVICE),
+        torch.zeros(6, 8, 2, dtype=torch.int32, device=DEVICE).mT[:, :1],
+        torch.zeros(100, dtype=torch.int32, device=DEVICE).as_strided((6, 1, 8), (12, 8, 1)),
+    ]
+    for items in items_of_other_sizes:
+        with pytest.raises(ValueError, match=r"items must be int32 \[6, capacity, 8\] in rows, not "):
+            launch(items=items)
+    with pytest.raises(ValueError, match=r"num_items must be contiguous int32 \[6\]"):
+        launch(num_items=torch.zeros(5, dtype=torch.int32, device=DEVICE))
     with pytest.raises(ValueError, match=r"partial_stats must be float32 \[1, 4, 2\]"):
         launch(partial_stats=torch.zeros(1, 4, 3, device=DEVICE))
     with pytest.raises(

@@ -26,7 +26,7 @@ from hmad.facts.errors import LocalError, NonFiniteKVError
 from hmad.facts.formats import FORMATS, KVFormat
 from hmad.facts.sampling import SampledToken, SamplingParams
 from hmad_kernels.triton_attention import split_items
-from hmad_kernels.triton_common import NO_ROW
+from hmad_kernels.triton_common import NO_ROW, format_code
 from hmad_kernels.triton_step import (
     MOST_STOPS,
     PLACE_DTYPES,
@@ -41,7 +41,7 @@ from hmad_kernels.triton_step import (
 
 TURNS = 3
 PADDING = 2  # rows
-TAIL_TOKENS = FORMATS["bf16"].tokens_per_block
+TAIL_TOKENS, TAIL_CODE = FORMATS["bf16"].tokens_per_block, format_code("bf16")
 VOCAB = 320
 CLOSE = 5e-3  # of logits: 8-bit values meet float16 queries on a GPU
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NaN, in the interpreter
@@ -75,9 +75,9 @@ class Stepped:
                 for name, column in columns.items()
             }
         )
-        items, seq_items = split_items(batch.seq_segments, batch.segments, batch.block_table, 64, capacity=700)
-        self.items = on_device(items)
-        self.seq_items = on_device(np.pad(seq_items, padding, mode="edge"))
+        self.plan = split_items(batch.seq_segments, batch.segments, batch.block_table, 64, capacity=700)
+        self.items = on_device(self.plan.items)
+        self.last_items = on_device(np.pad(self.plan.last_items, padding))
         self.block_table = on_device(batch.block_table)
 
         def full(dtypes: dict[str, torch.dtype]) -> dict[str, torch.Tensor]:
@@ -97,7 +97,8 @@ class Stepped:
 
     def finish(self) -> None:
         finish_step(
-            self.rows, self.results, self.items, self.seq_items, self.stops, self.turn, self.host, self.num_special
+            self.rows, self.results, self.items[TAIL_CODE], self.last_items, self.stops, self.turn, self.host,
+            self.num_special,
         )  # fmt: skip
         if not INTERPRETED:
             torch.cuda.synchronize()
@@ -124,9 +125,16 @@ def test_the_device_counts_on_as_the_batch_does(shapes: Shapes, num_steps: int) 
         assert stepped.host.token_ids[step % TURNS, :size].tolist() == newest.tolist()
         batch.advance()
     batch.settle()
-    items, seq_items = stepped.items.cpu().numpy(), stepped.seq_items.cpu().numpy()
+    runs = np.empty((stepped.plan.seq_items[-1], 3), int)  # of all items, by place
+    for code, items in enumerate(stepped.items.cpu().numpy()):
+        for _, place, first, num_tokens, *slots in items[: stepped.plan.num_items[code]].tolist():
+            runs[place] = code, first, num_tokens
+            assert slots == batch.block_table[first : first + 4].tolist() + [batch.block_table[-1]] * (
+                first + 4 - len(batch.block_table)
+            )
     for row, sequence in enumerate(batch.sequences):
-        assert places_of_runs(batch, items[seq_items[row] : seq_items[row + 1], 1:4]) == places(sequence)
+        begin, end = stepped.plan.seq_items[row : row + 2]
+        assert places_of_runs(batch, runs[begin:end]) == places(sequence)
 
 
 def test_tokens_come_from_other_rows_of_the_step_before() -> None:

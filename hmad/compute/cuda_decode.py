@@ -37,7 +37,6 @@ from hmad.compute.sequence import DecodeSequence
 from hmad.facts.errors import LocalError
 from hmad.facts.formats import FORMATS, KVFormat
 from hmad_kernels.triton_attention import (
-    EMPTY,
     item_tokens_for,
     paged_decode_attention,
     partial_shapes,
@@ -45,7 +44,7 @@ from hmad_kernels.triton_attention import (
     resident_programs,
     split_items,
 )
-from hmad_kernels.triton_common import ITEM_FIELDS, NO_ROW
+from hmad_kernels.triton_common import ITEM_FIELDS, NO_ROW, format_code
 from hmad_kernels.triton_rope import norm_rope_append
 from hmad_kernels.triton_sampling import count_tokens, reset_counts, sample_rows
 from hmad_kernels.triton_step import (
@@ -120,8 +119,10 @@ class CudaDecode:
         )
         self._plan = Bundle(  # likewise, and anew every PLAN_STEPS steps
             {
-                "items": Field(torch.int32, (capacity, ITEM_FIELDS.value)),
+                "num_items": Field(torch.int32, (len(FORMAT_NAMES),)),
                 "seq_items": Field(torch.int32, (max_batch_size + 1,)),
+                "last_items": Field(torch.int32, (max_batch_size,)),
+                "items": Field(torch.int32, (len(FORMAT_NAMES), capacity, ITEM_FIELDS.value)),
             },
             device,
         )
@@ -296,10 +297,12 @@ class CudaDecode:
         item_tokens = item_tokens_for(
             segments, self.model.config.num_kv_heads, self._num_multiprocessors, self._resident
         )
-        items, seq_items = split_items(batch.seq_segments, segments, batch.block_table, item_tokens, capacity)
-        arrays["items"][:capacity] = items
-        arrays["seq_items"][: size + 1] = seq_items
-        arrays["seq_items"][size + 1 : num_rows + 1] = seq_items[-1]
+        plan = split_items(batch.seq_segments, segments, batch.block_table, item_tokens, capacity)
+        arrays["items"][:, :capacity] = plan.items
+        arrays["num_items"][:] = plan.num_items
+        arrays["seq_items"][: size + 1] = plan.seq_items
+        arrays["seq_items"][size + 1 : num_rows + 1] = plan.seq_items[-1]
+        arrays["last_items"][:size] = plan.last_items
         self._plan.upload()
         return batch.step + PLAN_STEPS
 
@@ -321,7 +324,7 @@ class CudaDecode:
             )  # fmt: skip
         newest = self._results["token_ids"].clone()  # the step before left them, and this one reads them
         self._fill_padding(0)
-        self._plan.arrays["items"][:] = EMPTY
+        self._plan.arrays["num_items"][:] = 0
         self._plan.arrays["seq_items"][:] = 0
         self._rows.upload()
         self._plan.upload()
@@ -352,8 +355,8 @@ class CudaDecode:
         sample_rows(logits, sampling, self._counts, results.token_ids, results.tops)
         count_tokens(self._counts, sampling.counts_row, results.token_ids)
         finish_step(
-            rows, results, arrays["items"], arrays["seq_items"][: num_rows + 1], arrays["stops"], arrays["turn"],
-            StepResults(**self._host), self._num_special,
+            rows, results, arrays["items"][format_code(self._tail_format.name)], arrays["last_items"][:num_rows],
+            arrays["stops"], arrays["turn"], StepResults(**self._host), self._num_special,
         )  # fmt: skip
 
     def _attend(
@@ -370,7 +373,8 @@ class CudaDecode:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         values, stats = self._partials
         paged_decode_attention(
-            q, slots, arrays["items"][:capacity], arrays["seq_items"][: num_rows + 1], arrays["blocks"],
-            out, values[:capacity], stats[:capacity], config.head_dim**-0.5, config.num_kv_heads, formats,
+            q, slots, arrays["items"][:, :capacity], arrays["num_items"], arrays["seq_items"][: num_rows + 1],
+            arrays["blocks"], out, values[:capacity], stats[:capacity], config.head_dim**-0.5, config.num_kv_heads,
+            formats,
         )  # fmt: skip
         return out
