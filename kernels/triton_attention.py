@@ -117,7 +117,7 @@ def tuning_for(format_name: str, capability: tuple[int, int] | None) -> Tuning:
 class Plan:
     """What the programs of attention attend over: items, each with its *place*, where its partial result goes."""
 
-    items: np.ndarray  # int32 [num_formats, capacity, ITEM_FIELDS], the first of them by format code: see split_items
+    items: np.ndarray  # int32 [num_formats, capacity, ITEM_FIELDS]: see split_items
     num_items: np.ndarray  # int32 [num_formats]
     seq_items: np.ndarray  # int32 [batch + 1]: which places each sequence has
     last_items: np.ndarray  # int32 [batch]: which item of its format the last of each sequence is; NO_ROW: it has none
@@ -127,16 +127,17 @@ def split_items(
     seq_segments: np.ndarray,
     segments: np.ndarray,
     block_table: np.ndarray,
+    formats: Sequence[str],
     item_tokens: int,
     capacity: int | None = None,
 ) -> Plan:
     """Cut every segment evenly into the fewest items of ``item_tokens`` at most.
 
     ``seq_segments`` int32 [batch + 1] says which segments each sequence has; ``segments`` int32 [num_segments, 3] are
-    (format code, num_tokens, first index into ``block_table``, int32 [any]). The fields of an item are: sequence,
-    place, first index into the block table, num_tokens, and the slots at that index and the three after it, which come
-    with the rest of the row. ``capacity`` is as many as there are if it is not given. Raises ValueError if they do not
-    fit into it.
+    (format code, num_tokens, first index into ``block_table``, int32 [any]), of formats among ``formats``, which the
+    plan keeps apart in that order. The fields of an item are: sequence, place, first index into the block table,
+    num_tokens, and the slots at that index and the three after it, which come with the rest of the row. ``capacity`` is
+    as many as there are if it is not given. Raises ValueError if they do not fit into it, or are of another format.
     """
     if item_tokens < 1 or item_tokens % MOST_BLOCK_TOKENS:
         raise ValueError(f"item_tokens must be a positive multiple of {MOST_BLOCK_TOKENS}, not {item_tokens}")
@@ -157,11 +158,16 @@ def split_items(
     rows[:, 2] = first
     rows[:, 3] = np.minimum(num_tokens - skipped, size)
     rows[:, 4:] = block_table[np.minimum(first[:, None] + np.arange(FIRST_SLOTS.value), len(block_table) - 1)]
-    num_items = np.bincount(code, minlength=len(FORMAT_NAMES)).astype(np.int32)
+    items = np.zeros((len(formats), total if capacity is None else capacity, ITEM_FIELDS.value), dtype=np.int32)
+    num_items = np.zeros(len(formats), dtype=np.int32)
     index = np.empty(total, dtype=np.int32)  # of each among the items of its format
-    index[np.argsort(code, kind="stable")] = np.arange(total) - np.repeat(num_items.cumsum() - num_items, num_items)
-    items = np.zeros((len(FORMAT_NAMES), total if capacity is None else capacity, ITEM_FIELDS.value), dtype=np.int32)
-    items[code, index] = rows
+    for plane, name in enumerate(formats):
+        (places,) = (code == format_code(name)).nonzero()
+        num_items[plane] = len(places)
+        index[places] = np.arange(len(places))
+        items[plane, : len(places)] = rows[places]
+    if num_items.sum() < total:
+        raise ValueError(f"segments are of other formats than {', '.join(formats)}")
     seq_items = np.concatenate(([0], ends)).astype(np.int32)[seq_segments]
     last_items = np.full(len(seq_items) - 1, NO_ROW, dtype=np.int32)
     has_items = np.diff(seq_items) > 0
@@ -225,7 +231,7 @@ def resident_programs(
     with torch.cuda.device(device):
         kernel = _attend_kernel.warmup(
             dtype, torch.int32, torch.int32, torch.int32, torch.int32, torch.float32, torch.float32,
-            1.0, num_heads * head_dim, slot_bytes // 4, ITEM_FIELDS.value, num_kv_heads, num_heads // num_kv_heads,
+            1.0, num_heads * head_dim, slot_bytes // 4, num_kv_heads, num_heads // num_kv_heads,
             **attend_constants(code, head_dim, tuned, capability, interpreted=False), **tuned.options(), grid=(1,),
         )  # fmt: skip
         kernel.run  # noqa: B018 (loads it, which tells its registers)
@@ -264,11 +270,11 @@ def paged_decode_attention(
     """Attention of one query token per sequence over its items.
 
     q and out [batch, num_heads, head_dim], both bfloat16 or both float32; the rows of q may lie further apart, as in a
-    projection of which they are a part; slots uint8 [num_slots, slot_bytes]; items, num_items, seq_items (see Plan;
-    the items of a format may lie further apart from those of the next) and block_table int32, on the device. What they
-    say is not checked here: whoever made them on the host did. ``formats`` are those that items may have; an item of
-    another would be missed. The scratch is of ``partial_shapes``. ``tuning`` replaces every format's own. A sequence
-    without items gives NaN. Raises ValueError on shapes, dtypes and memory that do not fit.
+    projection of which they are a part; slots uint8 [num_slots, slot_bytes]; items, num_items, seq_items (see Plan)
+    and block_table int32, on the device. What they say is not checked here: whoever made them on the host did.
+    ``formats`` are those of the plan. The scratch is of ``partial_shapes``. ``tuning`` replaces every format's own. A
+    sequence without items gives NaN. Raises ValueError on shapes, dtypes and memory that do not fit, and where a step
+    would begin with more blocks than an item's row has slots of.
     """
     if not formats:
         raise ValueError("formats names none, and attention needs one at least")
@@ -278,11 +284,13 @@ def paged_decode_attention(
     )
     (batch, num_heads, head_dim), capacity = q.shape, items.shape[1]
     capability = capability_of(q.device)
-    for code, name in zip(codes, formats, strict=True):
+    for plane, (code, name) in enumerate(zip(codes, formats, strict=True)):
         tuned = tuning or tuning_for(name, capability)
+        if tuned.tokens > FIRST_SLOTS.value * TOKENS_PER_BLOCK[code]:
+            raise ValueError(f"{name}: a step of {tuned.tokens} tokens is of more than {FIRST_SLOTS.value} blocks")
         _attend_kernel[(capacity * num_kv_heads,)](
-            q, slots.view(torch.int32), items, num_items, block_table, partial_values, partial_stats,
-            sm_scale * LOG2_E, q.stride(0), slots.stride(0) // 4, items.stride(0), num_kv_heads, group,
+            q, slots.view(torch.int32), items[plane], num_items[plane:], block_table, partial_values, partial_stats,
+            sm_scale * LOG2_E, q.stride(0), slots.stride(0) // 4, num_kv_heads, group,
             **attend_constants(code, head_dim, tuned, capability, interpreted=interprets()), **tuned.options(),
         )  # fmt: skip
     merge_warps = 4 if capacity >= MANY_ITEMS * batch else 1
@@ -352,19 +360,11 @@ def _check(
         raise ValueError(f"a KV head serves 1 to {MAX_GROUP} query heads, but {num_heads} share {num_kv_heads}")
     if slots.dtype != torch.uint8 or slots.dim() != 2 or slots.shape[1] % 16:
         raise ValueError(f"slots must be uint8 [num_slots, multiple of 16], not {described(slots)}")
-    largest = max((2 * num_kv_heads * panel_bytes(code, head_dim) for code in codes), default=0)
+    largest = max(2 * num_kv_heads * panel_bytes(code, head_dim) for code in codes)
     if largest > slots.shape[1]:
         raise ValueError(f"a block of {largest} bytes does not fit into a slot of {slots.shape[1]}")
-    num_formats, fields = len(FORMAT_NAMES), ITEM_FIELDS.value
-    if (
-        items.dtype != torch.int32
-        or items.dim() != 3
-        or (items.shape[0], items.shape[2]) != (num_formats, fields)
-        or items.stride()[1:] != (fields, 1)
-        or items.stride(0) % fields
-    ):
-        raise ValueError(f"items must be int32 [{num_formats}, capacity, {fields}] in rows, not {described(items)}")
-    check_metadata("num_items", num_items, (num_formats,))
+    check_metadata("items", items, (len(codes), -1, ITEM_FIELDS.value))
+    check_metadata("num_items", num_items, (len(codes),))
     check_metadata("seq_items", seq_items, (batch + 1,))
     check_metadata("block_table", block_table, (-1,))
     shapes = partial_shapes(items.shape[1], num_heads, head_dim)
@@ -382,7 +382,7 @@ def _check(
             f"the heads of q must be contiguous and its rows aligned to {ALIGN_BYTES} bytes, not {described(q)}"
         )
     for name, tensor in tensors.items():
-        if tensor is not q and tensor is not items and not tensor.is_contiguous():
+        if tensor is not q and not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, not {described(tensor)}")
     check_place(tensors)
     return group
@@ -416,10 +416,10 @@ def paged_decode_attention_reference(
     return out
 
 
-@triton.jit(do_not_specialize=["format_stride"])  # or plans of other capacities would have it compiled anew
+@triton.jit(do_not_specialize_on_alignment=["num_items"])  # or each place among the formats would be compiled anew
 def _attend_kernel(
     q, slots, items, num_items, block_table, partial_values, partial_stats,
-    log2_scale, q_stride, slot_words, format_stride, num_kv_heads, group,
+    log2_scale, q_stride, slot_words, num_kv_heads, group,
     FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, PANEL_WORDS: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, INTERPRETED: tl.constexpr, K_WIDTH: tl.constexpr,
     CHAINED: tl.constexpr, CAPABILITY: tl.constexpr,
@@ -431,24 +431,20 @@ def _attend_kernel(
     head = tl.program_id(0) % num_kv_heads  # neighbours read neighbouring panels
     # The item is read before it is known whether there is one: a trip to memory instead of two. Volatile, or the
     # compiler would move that behind the branch.
-    fields = items + FORMAT * format_stride + ITEM_FIELDS * item
+    fields = items + ITEM_FIELDS * item
     sequence = tl.load(fields, volatile=True).to(tl.int64)
     place = tl.load(fields + 1, volatile=True).to(tl.int64)
     table = block_table + tl.load(fields + 2, volatile=True)
     num_tokens = tl.load(fields + 3, volatile=True)
-    slots_ahead = fields + ITEM_FIELDS - FIRST_SLOTS
-    if FORMAT == FP32 or FORMAT == BF16:  # noqa: SIM109 (compiled code knows no tuples of constants)
-        first_slots = tl.load(slots_ahead + tl.arange(0, TOKENS) // BLOCK_TOKENS, volatile=True)
-    else:
-        first_slot = tl.load(slots_ahead, volatile=True)
-        next_slot = tl.load(slots_ahead + 1, volatile=True)
-    if item >= tl.load(num_items + FORMAT):
+    first_slots = fields + ITEM_FIELDS - FIRST_SLOTS
+    first_slot = tl.load(first_slots, volatile=True)
+    if item >= tl.load(num_items):
         return
     rows = tl.arange(0, ROWS)
     partial_head = (place * num_kv_heads + head) * group
     queries = q + sequence * q_stride + (head * group + rows)[:, None] * HEAD_DIM
     panels = slots + head * (2 * PANEL_WORDS)
-    if FORMAT == FP32 or FORMAT == BF16:  # noqa: SIM109
+    if FORMAT == FP32 or FORMAT == BF16:  # noqa: SIM109 (compiled code knows no tuples of constants)
         peak, total = _attend_floats(
             queries, rows < group, panels, first_slots, table, num_tokens,
             log2_scale, slot_words, partial_values + (partial_head + rows)[:, None] * HEAD_DIM,
@@ -456,7 +452,7 @@ def _attend_kernel(
         )  # fmt: skip
     else:
         peak, total = _attend_words(
-            q + sequence * q_stride + head * group * HEAD_DIM, group, panels, first_slot, next_slot, table,
+            q + sequence * q_stride + head * group * HEAD_DIM, group, panels, first_slot, first_slots, table,
             num_tokens, log2_scale, slot_words, partial_values + partial_head * HEAD_DIM,
             FORMAT, HEAD_DIM, PANEL_WORDS, TOKENS, ROWS, K_WIDTH, CAPABILITY,
         )  # fmt: skip
@@ -481,7 +477,7 @@ def _attend_floats(
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
-    next_slot = first_slots
+    next_slot = tl.load(first_slots + tl.arange(0, TOKENS) // BLOCK_TOKENS)
     for start in range(0, num_tokens, TOKENS):
         t = start + tl.arange(0, TOKENS)
         live = t < num_tokens
@@ -506,14 +502,14 @@ def _attend_floats(
 
 @triton.jit
 def _attend_words(
-    queries, group, panels, first_slot, slot, table, num_tokens, log2_scale, slot_words, target,
+    queries, group, panels, first_slot, first_slots, table, num_tokens, log2_scale, slot_words, target,
     FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, PANEL_WORDS: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, K_WIDTH: tl.constexpr, CAPABILITY: tl.constexpr,
 ):  # fmt: skip
     """Attention over 8-bit values in words of four: K as one operand, V as four planes of dims 4 j + i.
 
     A step begins with the loads of the next one's block, K and V together: so they are one run of memory. The first
-    block is loaded before anything else, so that the query is read and prepared while it comes.
+    block is asked for before the query is waited for, which is prepared while the block comes.
     """
     # Left to itself, the compiler reads the next block half a step later, or, of fp8_e4m3, a fifth, which does no harm.
     # With float32 queries, which are for exact tests, a fence costs registers that there are not.
@@ -526,6 +522,7 @@ def _attend_words(
     k_words, k_scales, v_evens, v_odds, v_scales = _load_block(
         first_panel, num_tokens, FORMAT, HEAD_DIM, PANEL_WORDS, K_WIDTH
     )
+    slot = tl.load(first_slots + 1)
     query, query_scale = _load_queries(queries, group, HEAD_DIM, ROWS, K_WIDTH)
     score_scale = (query_scale * (log2_scale * SCALE))[None, :]
     peak = tl.full([ROWS], float("-inf"), tl.float32)
@@ -585,20 +582,21 @@ def _attend_words(
         k_words, k_scales, v_evens, v_odds, v_scales = (
             next_k_words, next_k_scales, next_v_evens, next_v_odds, next_v_scales
         )  # fmt: skip
-    unit = float_of(v_unit) * (SCALE / WEIGHT_SCALE)
     row = tl.arange(0, HEAD_DIM // 4)
     first_dim = row % 8 * (HEAD_DIM // 8) + row // 8 * 4
     head = tl.arange(0, ROWS)[None, :, None]
     place = target + head * HEAD_DIM + first_dim[:, None, None] + tl.arange(0, 4)[None, None, :]
     planes = tl.reshape(tl.join(tl.join(acc0, acc2), tl.join(acc1, acc3)), [HEAD_DIM // 4, ROWS, 4])
-    tl.store(place, planes * unit, mask=head < group)
+    tl.store(place, planes * (SCALE / WEIGHT_SCALE) * float_of(v_unit), mask=head < group)
     return peak, total
 
 
 @triton.jit
 def _fenced(x):
-    """``x``, behind a fence that no load before it is moved past by the compiler; the device does not wait at it."""
-    return tl.inline_asm_elementwise("fence.acq_rel.cta; mov.b32 $0, $1;", "=r,r", [x], tl.int32, is_pure=False, pack=1)
+    """``x``, behind a fence that the compiler moves no load before it past. Of this kind: at ``fence.acq_rel`` code of
+    CUDA 13 for sm_90 and later waits for all those loads.
+    """
+    return tl.inline_asm_elementwise("fence.sc.cta; mov.b32 $0, $1;", "=r,r", [x], tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit

@@ -205,7 +205,7 @@ def v_operand(
 def _placed(words, HIGH: tl.constexpr, FORMAT: tl.constexpr):
     """Bytes 0 and 2 (HIGH: 1 and 3) of words as the bits of two float16, by shifts and masks.
 
-    int8: 2^-24 of 128 more than the value. E4M3: 2^-8 of it. bfp8: 2^-24 of the magnitude. Those are subnormal numbers.
+    int8: 2^-24 of 128 more than the value, a subnormal number. bfp8: 2^-24 of the magnitude, too. E4M3: 2^-8 of it.
     """
     low = words >> 8 if HIGH else words
     if FORMAT == INT8:

@@ -5,6 +5,7 @@ payload moved by 128-bit loads. ``pytest -m rare_variant`` runs what is left out
 import re
 import subprocess
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,11 @@ FLOATS = ("fp32", "bf16")
 VALUE_BYTES = {"fp32": 4, "bf16": 2} | dict.fromkeys(("int8", "fp8_e4m3", "mxfp8", "bfp8"), 1)
 POINTERS = {
     "k": "bf16", "v": "bf16", "q": "bf16", "out": "u8", "blocks": "i32", "bad_rows": "u8", "slots": "i32",
-    "slot_ids": "i32", "offsets": "i32", "items": "i32", "num_items": "i32", "seq_items": "i32", "block_table": "i32",
-    "partial_values": "fp32", "partial_stats": "fp32", "x": "bf16", "delta": "bf16", "weight": "bf16",
-    "gate_up": "bf16", "scales": "fp32", "acc": "i32", "row_scales": "fp32", "column_scales": "fp32", "qkv": "bf16",
-    "q_weight": "bf16", "k_weight": "bf16", "rope_table": "bf16", "positions": "i64",
+    "slot_ids": "i32", "offsets": "i32", "items": "i32", "num_items": "i32", "last_items": "i32", "seq_items": "i32",
+    "block_table": "i32", "partial_values": "fp32", "partial_stats": "fp32", "x": "bf16", "delta": "bf16",
+    "weight": "bf16", "gate_up": "bf16", "scales": "fp32", "acc": "i32", "row_scales": "fp32",
+    "column_scales": "fp32", "qkv": "bf16", "q_weight": "bf16", "k_weight": "bf16", "rope_table": "bf16",
+    "positions": "i64",
 }  # fmt: skip
 FLOAT_SCALARS = {"log2_scale", "eps"}
 ALIGNED = {
@@ -125,6 +127,15 @@ def wide_load_bytes(binary: Any, directory: Path) -> int:
     return len(loads) * 16 * 32 * binary.metadata.num_warps
 
 
+def waits_at_fences(binary: Any, directory: Path) -> list[str]:
+    """What stands behind a fence and waits for all loads (the six scoreboards of a warp) that are under way."""
+    line = r"/\*[0-9a-f]{4,}\*/\s+([^;]*);\s+/\* 0x[0-9a-f]{16} \*/\s+/\* 0x([0-9a-f]{16}) \*/"
+    code = re.findall(line, disassembled(binary, directory, "-sass"))
+    assert code
+    behind = [after for (text, _), after in pairwise(code) if "MEMBAR" in text]
+    return [text for text, control in behind if int(control, 16) >> 52 & 63 == 63]
+
+
 @pytest.mark.parametrize(("arch", "head_dim", "name", "dtype"), VARIANTS)
 def test_packing_compiles(arch: str, head_dim: int, name: str, dtype: str, tmp_path: Path) -> None:
     capability = CAPABILITIES[arch]
@@ -149,12 +160,14 @@ def test_attention_compiles(
     binary = compiled(triton_attention._attend_kernel, arch, constants, tuning.options(), q=dtype)
     assert_no_spills(binary, arch, tmp_path)
     assert ("griddepcontrol.launch_dependents" in binary.asm.get("ptx", "")) == (arch in CHAINING)
+    assert not getattr(binary.metadata, "launch_pdl", False)
     if capability is not None:
         # The loop's own loads, and as many as run ahead of it: by the pipeline's depth, or written one step ahead.
         copies = tuning.num_stages if name in FLOATS else 2
         payload = copies * 2 * tuning.tokens * head_dim * VALUE_BYTES[name]
         queries = 16 * head_dim * VALUE_BYTES[dtype]  # may also be loaded so
         assert 0.95 <= wide_load_bytes(binary, tmp_path) / payload <= 1 + queries / payload
+        assert not waits_at_fences(binary, tmp_path)
 
 
 @pytest.mark.parametrize("arch", CAPABILITIES)
@@ -167,6 +180,7 @@ def test_merging_compiles(arch: str, head_dim: int, num_warps: int, tmp_path: Pa
         binary = compiled(kernel, arch, constants, options, out=out)
         assert_no_spills(binary, arch, tmp_path)
         assert ("griddepcontrol.wait" in binary.asm.get("ptx", "")) == (arch in CHAINING)
+        assert getattr(binary.metadata, "launch_pdl", False) == (arch in CHAINING)
 
 
 def test_no_conversion_to_e4m3_that_sm_80_lacks(tmp_path: Path) -> None:

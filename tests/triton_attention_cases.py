@@ -26,7 +26,7 @@ from hmad_kernels.triton_attention import (
     programs_at_once,
     split_items,
 )
-from hmad_kernels.triton_common import FORMAT_NAMES, ITEM_FIELDS, NO_ROW
+from hmad_kernels.triton_common import FORMAT_NAMES, NO_ROW
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 QUANTIZED = ("int8", "fp8_e4m3", "mxfp8", "bfp8")
@@ -57,23 +57,23 @@ class Case:
         self.sm_scale = case.sm_scale
 
     def run(self) -> Tensor:
-        segments = self.seq_segments.numpy(), self.segments.numpy(), self.block_table.cpu().numpy()
+        used = {name for sequence in self.sequences for name, _ in sequence}
+        formats = sorted(used, reverse=len(used) > 2)  # any order
+        segments = self.seq_segments.numpy(), self.segments.numpy(), self.block_table.cpu().numpy(), formats
         capacity = int(split_items(*segments, self.item_tokens).num_items.sum()) + self.spare_items
         plan = split_items(*segments, self.item_tokens, capacity)
-        # What lies behind a format's items belongs to none; they may lie further apart than the plan is wide.
-        items = np.full((len(FORMAT_NAMES), capacity + 3, ITEM_FIELDS.value), 1 << 30, dtype=np.int32)
-        for code, number in enumerate(plan.num_items):
-            items[code, :number] = plan.items[code, :number]
+        for items, number in zip(plan.items, plan.num_items, strict=True):
+            items[number:] = 1 << 30  # nobody may look there
         out = torch.full_like(self.q, float("nan"), memory_format=torch.contiguous_format)
         scratch = [
             torch.full(shape, float("nan"), device=DEVICE)
             for shape in partial_shapes(capacity, self.q.shape[1], self.head_dim)
         ]
         paged_decode_attention(
-            self.q, self.slots, torch.from_numpy(items).to(DEVICE)[:, :capacity],
+            self.q, self.slots, torch.from_numpy(plan.items).to(DEVICE),
             torch.from_numpy(plan.num_items).to(DEVICE), torch.from_numpy(plan.seq_items).to(DEVICE),
             self.block_table, out, *scratch, self.sm_scale, NUM_KV_HEADS,
-            sorted({name for sequence in self.sequences for name, _ in sequence}), self.tuning,
+            formats, self.tuning,
         )  # fmt: skip
         return out.cpu()
 
@@ -187,7 +187,7 @@ def test_one_token_returns_its_v(raw: str) -> None:
     size = FORMATS[raw].panel_bytes(64)
     slot = case.slots[int(case.block_table[0])]
     rng = np.random.default_rng(1)
-    for scale_byte in (12, 100, 127, 200):
+    for scale_byte in (12, 100, 127, 200, 246):
         slot[: 4 * size] = 0  # K: every score is 0
         for head in range(NUM_KV_HEADS):
             v = torch.from_numpy(rng.integers(0, 256, size, dtype=np.uint8) & 0xBF)
@@ -229,36 +229,38 @@ def test_items_cover_every_token_once_in_order() -> None:
     seq_segments = np.array([0, 2, 3, 3], dtype=np.int32)
     segments = np.array([[2, 200, 0], [1, 17, 7], [1, 64, 9]], dtype=np.int32)
     slots = np.arange(100, 112, dtype=np.int32)
-    plan = split_items(seq_segments, segments, slots, 64, capacity=8)
-    assert plan.items.shape == (6, 8, 8)
+    plan = split_items(seq_segments, segments, slots, ["int8", "fp32", "bf16"], 64, capacity=8)
+    assert plan.items.shape == (3, 8, 8)
     assert plan.seq_items.tolist() == [0, 5, 6, 6]
-    assert plan.num_items.tolist() == [0, 2, 4, 0, 0, 0]
+    assert plan.num_items.tolist() == [4, 0, 2]
     assert plan.last_items.tolist() == [0, 1, NO_ROW]
-    assert plan.items[2, :4].tolist() == [
+    assert plan.items[0, :4].tolist() == [
         [0, 0, 0, 64, 100, 101, 102, 103],
         [0, 1, 2, 64, 102, 103, 104, 105],
         [0, 2, 4, 64, 104, 105, 106, 107],
         [0, 3, 6, 8, 106, 107, 108, 109],
     ]
-    assert plan.items[1, :2].tolist() == [
+    assert plan.items[2, :2].tolist() == [
         [0, 4, 7, 17, 107, 108, 109, 110],
         [1, 5, 9, 64, 109, 110, 111, 111],
     ]
-    assert split_items(seq_segments, segments, slots, 64).items.shape == (6, 6, 8)
+    assert split_items(seq_segments, segments, slots, ["bf16", "int8"], 64).items.shape == (2, 6, 8)
+    with pytest.raises(ValueError, match="segments are of other formats than bf16, fp32"):
+        split_items(seq_segments, segments, slots, ["bf16", "fp32"], 64)
 
 
 def test_items_refuse_odd_sizes_and_full_plans() -> None:
     seq_segments, segments = np.array([0, 1], dtype=np.int32), np.array([[2, 200, 0]], dtype=np.int32)
     with pytest.raises(ValueError, match="multiple of 32, not 48"):
-        split_items(seq_segments, segments, NO_SLOTS, 48)
+        split_items(seq_segments, segments, NO_SLOTS, ["int8"], 48)
     with pytest.raises(ValueError, match="4 items of 64 tokens do not fit into a plan of 3"):
-        split_items(seq_segments, segments, NO_SLOTS, 64, capacity=3)
+        split_items(seq_segments, segments, NO_SLOTS, ["int8"], 64, capacity=3)
 
 
 def test_items_of_a_segment_are_of_about_equal_size() -> None:
-    items = split_items(np.array([0, 1]), np.array([[1, 650, 4]]), NO_SLOTS, 128).items[1]
+    items = split_items(np.array([0, 1]), np.array([[1, 650, 4]]), NO_SLOTS, ["bf16"], 128).items[0]
     assert items[:, :4].tolist() == [[0, i, 4 + 8 * i, 128] for i in range(5)] + [[0, 5, 44, 10]]
-    items = split_items(np.array([0, 1]), np.array([[2, 800, 0]]), NO_SLOTS, 352).items[2]
+    items = split_items(np.array([0, 1]), np.array([[2, 800, 0]]), NO_SLOTS, ["int8"], 352).items[0]
     assert items[:, 3].tolist() == [288, 288, 224]
 
 
@@ -320,7 +322,7 @@ def test_plans_never_exceed_their_capacity(
     seq_segments = np.cumsum([0] + [len(each) for each in sequences])
     item_tokens = item_tokens_for(segments, heads, processors, dict.fromkeys(FORMAT_NAMES, resident))
     capacity = plan_capacity(len(sequences), heads, processors)
-    plan = split_items(seq_segments, segments, NO_SLOTS, item_tokens, capacity)
+    plan = split_items(seq_segments, segments, NO_SLOTS, FORMAT_NAMES, item_tokens, capacity)
     assert plan.items.shape[1] == capacity <= PROGRAMS_PER_MULTIPROCESSOR * processors // heads + 4 * len(sequences) + 1
     items = np.concatenate([plan.items[code, :number] for code, number in enumerate(plan.num_items)])
     assert sorted(items[:, 1]) == list(range(plan.seq_items[-1]))
@@ -336,19 +338,20 @@ def test_attention_refuses_what_does_not_fit() -> None:
         num_heads: int = 4,
         slot_bytes: int = 17408,
         formats: Sequence[str] = ("bfp8",),
+        tuning: Tuning | None = None,
         **changes: Tensor,
     ) -> None:
         q = torch.zeros(1, num_heads, head_dim, device=DEVICE)
         scratch = [torch.zeros(shape, device=DEVICE) for shape in partial_shapes(1, num_heads, head_dim)]
         tensors = {
             "q": q, "slots": torch.zeros(1, slot_bytes, dtype=torch.uint8, device=DEVICE),
-            "items": torch.zeros(6, 1, 8, dtype=torch.int32, device=DEVICE),
-            "num_items": torch.zeros(6, dtype=torch.int32, device=DEVICE),
+            "items": torch.zeros(1, 1, 8, dtype=torch.int32, device=DEVICE),
+            "num_items": torch.zeros(1, dtype=torch.int32, device=DEVICE),
             "seq_items": torch.zeros(2, dtype=torch.int32, device=DEVICE),
             "block_table": torch.zeros(1, dtype=torch.int32, device=DEVICE), "out": q.clone(),
             "partial_values": scratch[0], "partial_stats": scratch[1],
         }  # fmt: skip
-        paged_decode_attention(**(tensors | changes), sm_scale=1.0, num_kv_heads=2, formats=formats)
+        paged_decode_attention(**(tensors | changes), sm_scale=1.0, num_kv_heads=2, formats=formats, tuning=tuning)
 
     launch()
     with pytest.raises(ValueError, match="formats names none"):
@@ -361,19 +364,12 @@ def test_attention_refuses_what_does_not_fit() -> None:
         launch(slot_bytes=8448)
     with pytest.raises(ValueError, match=r"q and out must both be .* and bfloat16"):
         launch(out=torch.zeros(1, 4, 64, dtype=torch.bfloat16, device=DEVICE))
-    items_of_other_sizes = [
-        torch.zeros(6, 1, 3, dtype=torch.int32, device=DEVICE),
-        torch.zeros(5, 1, 8, dtype=torch.int32, device=DEVICE),
-        torch.zeros(6, 8, dtype=torch.int32, device=DEVICE),
-        torch.zeros(6, 1, 8, device=DEVICE),
-        torch.zeros(6, 8, 2, dtype=torch.int32, device=DEVICE).mT[:, :1],
-        torch.zeros(100, dtype=torch.int32, device=DEVICE).as_strided((6, 1, 8), (12, 8, 1)),
-    ]
-    for items in items_of_other_sizes:
-        with pytest.raises(ValueError, match=r"items must be int32 \[6, capacity, 8\] in rows, not "):
-            launch(items=items)
-    with pytest.raises(ValueError, match=r"num_items must be contiguous int32 \[6\]"):
-        launch(num_items=torch.zeros(5, dtype=torch.int32, device=DEVICE))
+    with pytest.raises(ValueError, match=r"items must be contiguous int32 \[1, -1, 8\]"):
+        launch(items=torch.zeros(2, 1, 8, dtype=torch.int32, device=DEVICE))
+    with pytest.raises(ValueError, match=r"num_items must be contiguous int32 \[1\]"):
+        launch(num_items=torch.zeros(2, dtype=torch.int32, device=DEVICE))
+    with pytest.raises(ValueError, match="bfp8: a step of 256 tokens is of more than 4 blocks"):
+        launch(tuning=Tuning(256, 1, 1))
     with pytest.raises(ValueError, match=r"partial_stats must be float32 \[1, 4, 2\]"):
         launch(partial_stats=torch.zeros(1, 4, 3, device=DEVICE))
     with pytest.raises(

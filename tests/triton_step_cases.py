@@ -75,7 +75,8 @@ class Stepped:
                 for name, column in columns.items()
             }
         )
-        self.plan = split_items(batch.seq_segments, batch.segments, batch.block_table, 64, capacity=700)
+        self.formats = tuple(FORMATS)
+        self.plan = split_items(batch.seq_segments, batch.segments, batch.block_table, self.formats, 64, capacity=700)
         self.items = on_device(self.plan.items)
         self.last_items = on_device(np.pad(self.plan.last_items, padding))
         self.block_table = on_device(batch.block_table)

@@ -9,6 +9,7 @@ The host's part is Python beside a fast device. Between steps of many millisecon
 every call costs several times what it does in a loop: so there are few.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -44,7 +45,7 @@ from hmad_kernels.triton_attention import (
     resident_programs,
     split_items,
 )
-from hmad_kernels.triton_common import ITEM_FIELDS, NO_ROW, format_code
+from hmad_kernels.triton_common import ITEM_FIELDS, NO_ROW
 from hmad_kernels.triton_rope import norm_rope_append
 from hmad_kernels.triton_sampling import count_tokens, reset_counts, sample_rows
 from hmad_kernels.triton_step import (
@@ -73,6 +74,7 @@ class Members:
     batch: DecodeBatch
     rows: dict[DecodeSequence, int]
     num_rows: int  # padded
+    formats: tuple[str, ...]  # of its segments
     graph: torch.cuda.CUDAGraph
     settings: np.ndarray  # SETTINGS [B]
     forced: Forced
@@ -122,7 +124,7 @@ class CudaDecode:
                 "num_items": Field(torch.int32, (len(FORMAT_NAMES),)),
                 "seq_items": Field(torch.int32, (max_batch_size + 1,)),
                 "last_items": Field(torch.int32, (max_batch_size,)),
-                "items": Field(torch.int32, (len(FORMAT_NAMES), capacity, ITEM_FIELDS.value)),
+                "items": Field(torch.int32, (len(FORMAT_NAMES) * capacity * ITEM_FIELDS.value,)),
             },
             device,
         )
@@ -208,8 +210,8 @@ class CudaDecode:
         """The members have changed: what follows from them alone. Those that stay keep their settings."""
         batch.settle()  # outputs are read here
         num_rows = next(size for size in self._buckets if size >= len(batch))
-        codes = sorted(set(batch.segments[:, 0].tolist()))
-        graph = self._graph_for(num_rows, tuple(FORMAT_NAMES[code] for code in codes))
+        formats = tuple(FORMAT_NAMES[code] for code in sorted(set(batch.segments[:, 0].tolist())))
+        graph = self._graph_for(num_rows, formats)
         sequences, rows_before = batch.sequences, {} if before is None else before.rows
         sources = np.array([rows_before.get(s, NO_ROW) for s in sequences], np.int64)
         stay, new = sources >= 0, (sources < 0).nonzero()[0].tolist()
@@ -222,15 +224,15 @@ class CudaDecode:
         forced = [(row, sequences[row]) for row in settings["is_forced"].nonzero()[0].tolist()]
         self._bring_rows(batch, sources, settings, known)
         self._bring_forced(batch, forced)
-        plan_ends = self._bring_plan(batch, num_rows)
+        plan_ends = self._bring_plan(batch, num_rows, formats)
         described = settings["is_described"].nonzero()[0].tolist()
         rows = {sequence: row for row, sequence in enumerate(sequences)}
-        return Members(batch, rows, num_rows, graph, settings, forced, described, plan_ends)
+        return Members(batch, rows, num_rows, formats, graph, settings, forced, described, plan_ends)
 
     def _bring_changes(self, members: Members) -> None:
         """What else the device cannot know by itself."""
         if members.batch.step >= members.plan_ends:
-            members.plan_ends = self._bring_plan(members.batch, members.num_rows)
+            members.plan_ends = self._bring_plan(members.batch, members.num_rows, members.formats)
         if members.forced:
             self._bring_forced(members.batch, members.forced)
 
@@ -289,7 +291,7 @@ class CudaDecode:
         self._counted = kept
         return count_rows
 
-    def _bring_plan(self, batch: DecodeBatch, num_rows: int) -> int:
+    def _bring_plan(self, batch: DecodeBatch, num_rows: int, formats: tuple[str, ...]) -> int:
         """Items of attention for the steps to come, and the step that they serve no more. From one step to the next the
         last item of each sequence grows, by the token that was appended to its tail: after some they are uneven.
         """
@@ -297,13 +299,13 @@ class CudaDecode:
         item_tokens = item_tokens_for(
             segments, self.model.config.num_kv_heads, self._num_multiprocessors, self._resident
         )
-        plan = split_items(batch.seq_segments, segments, batch.block_table, item_tokens, capacity)
-        arrays["items"][:, :capacity] = plan.items
-        arrays["num_items"][:] = plan.num_items
+        plan = split_items(batch.seq_segments, segments, batch.block_table, formats, item_tokens, capacity)
+        arrays["items"][: plan.items.size] = plan.items.ravel()
+        arrays["num_items"][: len(formats)] = plan.num_items
         arrays["seq_items"][: size + 1] = plan.seq_items
         arrays["seq_items"][size + 1 : num_rows + 1] = plan.seq_items[-1]
         arrays["last_items"][:size] = plan.last_items
-        self._plan.upload()
+        self._plan.upload(up_to=("items", plan.items.size))
         return batch.step + PLAN_STEPS
 
     # --- graphs ---
@@ -354,10 +356,16 @@ class CudaDecode:
         sampling = device_sampling(arrays, num_rows)
         sample_rows(logits, sampling, self._counts, results.token_ids, results.tops)
         count_tokens(self._counts, sampling.counts_row, results.token_ids)
+        tail_items = self._items(num_rows, formats)[formats.index(self._tail_format.name)]
         finish_step(
-            rows, results, arrays["items"][format_code(self._tail_format.name)], arrays["last_items"][:num_rows],
-            arrays["stops"], arrays["turn"], StepResults(**self._host), self._num_special,
+            rows, results, tail_items, arrays["last_items"][:num_rows], arrays["stops"], arrays["turn"],
+            StepResults(**self._host), self._num_special,
         )  # fmt: skip
+
+    def _items(self, num_rows: int, formats: tuple[str, ...]) -> Tensor:
+        """The plan's, as they lie on the device for so many rows and these formats."""
+        shape = len(formats), self._capacity(num_rows), ITEM_FIELDS.value
+        return self._on_device["items"][: math.prod(shape)].view(shape)
 
     def _attend(
         self, layer_id: int, rows: Projected, places: StepPlaces, bad_rows: Tensor, formats: tuple[str, ...]
@@ -373,8 +381,8 @@ class CudaDecode:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         values, stats = self._partials
         paged_decode_attention(
-            q, slots, arrays["items"][:, :capacity], arrays["num_items"], arrays["seq_items"][: num_rows + 1],
-            arrays["blocks"], out, values[:capacity], stats[:capacity], config.head_dim**-0.5, config.num_kv_heads,
-            formats,
+            q, slots, self._items(num_rows, formats), arrays["num_items"][: len(formats)],
+            arrays["seq_items"][: num_rows + 1], arrays["blocks"], out, values[:capacity], stats[:capacity],
+            config.head_dim**-0.5, config.num_kv_heads, formats,
         )  # fmt: skip
         return out
