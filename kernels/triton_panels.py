@@ -4,7 +4,8 @@ Bytes 0 to 3 of word j are dims 4j to 4j + 3. Operations on whole words make two
 value of these formats exactly: int8 and fp8_e4m3 up to a scale per token, the others up to one *unit* per block of 32
 tokens (but for what is 2^-22 of the block's largest value and less). Where the device has instructions that permute
 bytes or convert E4M3 (``CAPABILITY``, NVIDIA's compute capability as a number of two or three digits, 0 elsewhere),
-they take the place of shifts and masks: a third fewer instructions to a value.
+they take the place of shifts and masks: a third fewer instructions to a value. Operands of int8 and bfp8 begin as
+subnormal numbers, which NVIDIA's matrix units take as they are, and AMD's from gfx940 on.
 
 Rows of the loads are in the order in which an operand of the tensor cores lies in the lanes, so that what a lane reads
 in 16 bytes stays in its registers. Only where a value's token and dim are matters for correctness, and that is plain
