@@ -20,7 +20,8 @@ TILE_BYTES = tl.constexpr(1088)  # a bfp8 tile: 64 exponents, then 1,024 values
 HEAD_DIMS = (64, 128)
 DTYPES = (torch.bfloat16, torch.float32)  # what K, V, queries and results may be
 ALIGN_BYTES = 16  # of every row and block: one 128-bit load
-ITEM_FIELDS = tl.constexpr(8)  # of an item of attention (triton_attention.split_items): 32 bytes
+# Of an item of attention (triton_plan.split_items): 32 bytes, the last of them slots.
+ITEM_FIELDS, FIRST_SLOTS = tl.constexpr(8), tl.constexpr(4)
 NO_ROW = -1  # in columns that name a row, a slot or a token: there is none
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 ROUND_TO_INTEGER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves the nearest integer in the low bits

@@ -102,7 +102,7 @@ def finish_step(
     many rows the host has to look at: those with bad KV, with a top that is not finite, or with a token of their column
     of ``stops`` int64 [MOST_STOPS, as many columns as rows or more], where -1 is none. Then count on: turn, positions
     and indices by one, and by one token that of the ``items`` int32 [any, ITEM_FIELDS] (of the tails' format, see
-    ``triton_attention.Plan``) which is each row's of ``last_items`` int32 [B]. Every row's newest token is its own now.
+    ``triton_plan.Plan``) which is each row's of ``last_items`` int32 [B]. Every row's newest token is its own now.
     What indices say is not checked.
 
     Raises ValueError on shapes, dtypes and memory that do not fit.

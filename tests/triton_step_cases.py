@@ -25,8 +25,8 @@ from hmad.compute.sequence import DecodeSequence
 from hmad.facts.errors import LocalError, NonFiniteKVError
 from hmad.facts.formats import FORMATS, KVFormat
 from hmad.facts.sampling import SampledToken, SamplingParams
-from hmad_kernels.triton_attention import split_items
 from hmad_kernels.triton_common import NO_ROW, format_code
+from hmad_kernels.triton_plan import split_items
 from hmad_kernels.triton_step import (
     MOST_STOPS,
     PLACE_DTYPES,

@@ -38,14 +38,12 @@ from hmad.compute.sequence import DecodeSequence
 from hmad.facts.errors import LocalError
 from hmad.facts.formats import FORMATS, KVFormat
 from hmad_kernels.triton_attention import (
-    item_tokens_for,
     paged_decode_attention,
     partial_shapes,
-    plan_capacity,
     resident_programs,
-    split_items,
 )
 from hmad_kernels.triton_common import ITEM_FIELDS, NO_ROW
+from hmad_kernels.triton_plan import item_tokens_for, plan_capacity, split_items
 from hmad_kernels.triton_rope import norm_rope_append
 from hmad_kernels.triton_sampling import count_tokens, reset_counts, sample_rows
 from hmad_kernels.triton_step import (
