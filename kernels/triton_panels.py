@@ -59,18 +59,17 @@ def k_exponents(scales, unit, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr):
         words = tl.reshape(tl.gather(tl.reshape(scales, [HEAD_DIM // 64, 32]), word, 1), [HEAD_DIM * 2])
     else:
         words = tl.gather(scales, word, 0)
-    return (_exponent_bits(words >> shift, unit, FORMAT) * 0x10001)[:, None]
+    return (_exponent_bits(words, shift, unit, FORMAT) * 0x10001)[:, None]
 
 
 @triton.jit
 def v_exponents(scales, unit, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, K_WIDTH: tl.constexpr):
     """The same of the rows of load_v: a pair is an even and an odd token."""
-    t, first = _v_rows(0, 8, HEAD_DIM, K_WIDTH)
-    word, shift = _exponent_place(t, first, FORMAT)
-    evens = _exponent_bits(tl.gather(scales, word, 0) >> shift, unit, FORMAT)
-    t, first = _v_rows(1, 8, HEAD_DIM, K_WIDTH)
-    word, shift = _exponent_place(t, first, FORMAT)
-    odds = _exponent_bits(tl.gather(scales, word, 0) >> shift, unit, FORMAT)
+    even_t, first = _v_rows(0, 8, HEAD_DIM, K_WIDTH)
+    even_word, even_shift = _exponent_place(even_t, first, FORMAT)
+    odd_word, odd_shift = _exponent_place(even_t + 1, first, FORMAT)
+    evens = _exponent_bits(tl.gather(scales, even_word, 0), even_shift, unit, FORMAT)
+    odds = _exponent_bits(tl.gather(scales, odd_word, 0), odd_shift, unit, FORMAT)
     return (evens | (odds << 16))[:, None]
 
 
@@ -144,11 +143,11 @@ def _exponent_place(t, first, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def _exponent_bits(exponents, unit, FORMAT: tl.constexpr):
-    """Bytes of exponents relative to ``unit``, in the exponent field of a float16."""
+def _exponent_bits(words, shift, unit, FORMAT: tl.constexpr):
+    """The bytes ``shift`` bits up in words of exponents, relative to ``unit``, in the exponent field of a float16."""
     DEPTH: tl.constexpr = MXFP8_DEPTH if FORMAT == MXFP8 else BFP8_DEPTH
     TOP: tl.constexpr = MXFP8_TOP if FORMAT == MXFP8 else BFP8_TOP
-    exponents = (exponents & 0xFF) + (TOP - DEPTH - (unit >> 23))
+    exponents = ((words >> shift) & 0xFF) + (TOP - DEPTH - (unit >> 23))
     return (tl.minimum(tl.maximum(exponents, 0), TOP) << 10).to(tl.uint32)  # in place of no token it may be any
 
 

@@ -39,7 +39,7 @@ CAPABILITIES: dict[str, tuple[int, int] | None] = {
     "gfx942": None,
 }
 CHAINING = ("sm_90", "sm_100")  # where the merge is launched before the attention has ended
-FLOATS = ("fp32", "bf16")
+FLOATS, FENCED = ("fp32", "bf16"), ("int8", "mxfp8", "bfp8")
 VALUE_BYTES = {"fp32": 4, "bf16": 2} | dict.fromkeys(("int8", "fp8_e4m3", "mxfp8", "bfp8"), 1)
 POINTERS = {
     "k": "bf16", "v": "bf16", "q": "bf16", "out": "u8", "blocks": "i32", "bad_rows": "u8", "slots": "i32",
@@ -167,6 +167,7 @@ def test_attention_compiles(
         payload = copies * 2 * tuning.tokens * head_dim * VALUE_BYTES[name]
         queries = 16 * head_dim * VALUE_BYTES[dtype]  # may also be loaded so
         assert 0.95 <= wide_load_bytes(binary, tmp_path) / payload <= 1 + queries / payload
+        assert ("fence.sc.cta" in binary.asm["ptx"]) == (name in FENCED and dtype == "bf16")
         assert not waits_at_fences(binary, tmp_path)
 
 
