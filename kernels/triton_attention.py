@@ -35,6 +35,7 @@ from hmad_kernels.triton_common import (
     MXFP8,
     TOKENS_PER_BLOCK,
     capability_of,
+    chains,
     check_head_dim,
     check_metadata,
     check_place,
@@ -42,6 +43,7 @@ from hmad_kernels.triton_common import (
     float_of,
     format_code,
     interprets,
+    launch_options,
     panel_bytes,
     store_rounded,
     to_f32,
@@ -84,12 +86,12 @@ class Tuning:
     max_registers: int | None = None
     query_rows: int = 16  # to which the query heads of a KV head are padded
 
-    def options(self) -> dict[str, int | bool]:
-        """What Triton compiles with."""
+    def options(self, capability: tuple[int, int] | None) -> dict[str, int | bool]:
+        """What Triton compiles with, and launches with on a device of this CUDA compute capability."""
         options: dict[str, int | bool] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         if self.max_registers is not None:
             options["maxnreg"] = self.max_registers
-        return options | {"enable_fp_fusion": True}
+        return options | {"enable_fp_fusion": True} | launch_options(capability)
 
 
 def tuning_for(format_name: str, capability: tuple[int, int] | None) -> Tuning:
@@ -97,7 +99,7 @@ def tuning_for(format_name: str, capability: tuple[int, int] | None) -> Tuning:
     if format_name == "fp32":
         return Tuning(tokens=16, num_warps=4, num_stages=1, max_registers=128)
     if format_name == "bf16":
-        return Tuning(tokens=64, num_warps=4, num_stages=2 if capability is None else 3)
+        return Tuning(tokens=64, num_warps=4, num_stages=2)
     if capability is None:
         return Tuning(tokens=32, num_warps=1, num_stages=1)
     # Two blocks of raw words in registers: eight programs are resident on Hopper, and read as fast as memory can.
@@ -120,7 +122,8 @@ def resident_programs(
         kernel = _attend_kernel.warmup(
             dtype, torch.int32, torch.int32, torch.int32, torch.int32, torch.float32, torch.float32,
             1.0, num_heads * head_dim, slot_bytes // 4, num_kv_heads, num_heads // num_kv_heads,
-            **attend_constants(code, head_dim, tuned, capability, interpreted=False), **tuned.options(), grid=(1,),
+            **attend_constants(code, head_dim, tuned, capability, interpreted=False), **tuned.options(capability),
+            grid=(1,),
         )  # fmt: skip
         kernel.run  # noqa: B018 (loads it, which tells its registers)
     place = torch.cuda.get_device_properties(device)
@@ -160,7 +163,8 @@ def paged_decode_attention(
     q and out [batch, num_heads, head_dim], both bfloat16 or both float32; the rows of q may lie further apart, as in a
     projection of which they are a part; slots uint8 [num_slots, slot_bytes]; items, num_items, seq_items (see
     triton_plan.Plan) and block_table int32, on the device. What they say is not checked here: whoever made them on the
-    host did. ``formats`` are those of the plan. The scratch is of ``partial_shapes``. ``tuning`` replaces every
+    host did. The kernel launched before this must write none of them, nor blocks of 8-bit formats: where devices start
+    kernels early (see ``chains``), they are read while it still runs. ``formats`` are those of the plan. The scratch is of ``partial_shapes``. ``tuning`` replaces every
     format's own. A sequence without items gives NaN. Raises ValueError on shapes, dtypes and memory that do not fit,
     and where a step would begin with more blocks than an item's row has slots of.
     """
@@ -179,7 +183,7 @@ def paged_decode_attention(
         _attend_kernel[(capacity * num_kv_heads,)](
             q, slots.view(torch.int32), items[plane], num_items[plane:], block_table, partial_values, partial_stats,
             sm_scale * LOG2_E, q.stride(0), slots.stride(0) // 4, num_kv_heads, group,
-            **attend_constants(code, head_dim, tuned, capability, interpreted=interprets()), **tuned.options(),
+            **attend_constants(code, head_dim, tuned, capability, interpreted=interprets()), **tuned.options(capability),
         )  # fmt: skip
     merge_warps = 4 if capacity >= MANY_ITEMS * batch else 1
     _merge_kernel[(batch * num_heads,)](
@@ -190,18 +194,12 @@ def paged_decode_attention(
 
 def merge_options(num_warps: int, capability: tuple[int, int] | None) -> dict[str, int | bool]:
     """What Triton compiles and launches the merge with; ``capability`` as for tuning_for."""
-    options: dict[str, int | bool] = {"num_warps": num_warps, "enable_fp_fusion": True}
-    return options | {"launch_pdl": True} if _chains(capability) else options
+    return {"num_warps": num_warps, "enable_fp_fusion": True} | launch_options(capability)
 
 
 def merge_constants(head_dim: int, num_warps: int, capability: tuple[int, int] | None) -> dict[str, int | bool]:
     """The compile-time constants of the merge."""
-    return {"ITEMS": MERGE_ITEMS * num_warps, "HEAD_DIM": head_dim, "CHAINED": _chains(capability)}
-
-
-def _chains(capability: tuple[int, int] | None) -> bool:
-    """Whether a device starts the merge while the last programs of the attention still run."""
-    return capability is not None and capability >= (9, 0)
+    return {"ITEMS": MERGE_ITEMS * num_warps, "HEAD_DIM": head_dim, "CHAINED": chains(capability)}
 
 
 def attend_constants(
@@ -217,7 +215,7 @@ def attend_constants(
         "ROWS": tuning.query_rows,
         "INTERPRETED": interpreted,
         "K_WIDTH": K_WIDTH,
-        "CHAINED": _chains(capability),
+        "CHAINED": chains(capability),
         "CAPABILITY": 0 if capability is None else 10 * capability[0] + capability[1],
     }
 
@@ -314,7 +312,7 @@ def _attend_kernel(
 ):  # fmt: skip
     """One item and one KV head. ``log2_scale`` is the softmax scale for exponents of two."""
     if CHAINED:
-        tl.extra.cuda.gdc_launch_dependents()  # once all programs have begun: the merge waits for their results itself
+        tl.extra.cuda.gdc_launch_dependents()
     item = tl.program_id(0) // num_kv_heads
     head = tl.program_id(0) % num_kv_heads  # neighbours read neighbouring panels
     # The item is read before it is known whether there is one: a trip to memory instead of two. Volatile, or the
@@ -327,6 +325,10 @@ def _attend_kernel(
     first_slots = fields + ITEM_FIELDS - FIRST_SLOTS
     first_slot = tl.load(first_slots, volatile=True)
     if item >= tl.load(num_items):
+        # Only the last of those that have no item waits, so that a launch of none but such does not end too early.
+        if CHAINED:
+            if tl.program_id(0) == tl.num_programs(0) - 1:
+                tl.extra.cuda.gdc_wait()
         return
     rows = tl.arange(0, ROWS)
     partial_head = (place * num_kv_heads + head) * group
@@ -336,13 +338,13 @@ def _attend_kernel(
         peak, total = _attend_floats(
             queries, rows < group, panels, first_slots, table, num_tokens,
             log2_scale, slot_words, partial_values + (partial_head + rows)[:, None] * HEAD_DIM,
-            FORMAT, HEAD_DIM, BLOCK_TOKENS, PANEL_WORDS, TOKENS, ROWS, INTERPRETED,
+            FORMAT, HEAD_DIM, BLOCK_TOKENS, PANEL_WORDS, TOKENS, ROWS, INTERPRETED, CHAINED,
         )  # fmt: skip
     else:
         peak, total = _attend_words(
             q + sequence * q_stride + head * group * HEAD_DIM, group, panels, first_slot, first_slots, table,
             num_tokens, log2_scale, slot_words, partial_values + partial_head * HEAD_DIM,
-            FORMAT, HEAD_DIM, PANEL_WORDS, TOKENS, ROWS, K_WIDTH, CAPABILITY,
+            FORMAT, HEAD_DIM, PANEL_WORDS, TOKENS, ROWS, K_WIDTH, CHAINED, CAPABILITY,
         )  # fmt: skip
     stats = partial_stats + 2 * (partial_head + rows)
     tl.store(stats, peak, mask=rows < group)
@@ -353,19 +355,21 @@ def _attend_kernel(
 def _attend_floats(
     queries, is_head, panels, first_slots, table, num_tokens, log2_scale, slot_words, target,
     FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, PANEL_WORDS: tl.constexpr,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, INTERPRETED: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, INTERPRETED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Attention over values that are operands as they stand. The interpreter has no product of bfloat16."""
     STORED: tl.constexpr = tl.float32 if FORMAT == FP32 else tl.bfloat16
     OPERAND: tl.constexpr = tl.float32 if INTERPRETED else STORED
     columns = tl.arange(0, HEAD_DIM)
+    next_slot = tl.load(first_slots + tl.arange(0, TOKENS) // BLOCK_TOKENS)
+    if CHAINED:
+        tl.extra.cuda.gdc_wait()  # for the query, and the token that was just appended
     query = to_f32(tl.load(queries + columns[None, :], mask=is_head[:, None], other=0.0)).to(OPERAND)
     per_word: tl.constexpr = 1 if FORMAT == FP32 else 2
     values = panels.to(tl.pointer_type(STORED))
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
-    next_slot = tl.load(first_slots + tl.arange(0, TOKENS) // BLOCK_TOKENS)
     for start in range(0, num_tokens, TOKENS):
         t = start + tl.arange(0, TOKENS)
         live = t < num_tokens
@@ -392,7 +396,8 @@ def _attend_floats(
 def _attend_words(
     queries, group, panels, first_slot, first_slots, table, num_tokens, log2_scale, slot_words, target,
     FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, PANEL_WORDS: tl.constexpr,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, K_WIDTH: tl.constexpr, CAPABILITY: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, K_WIDTH: tl.constexpr, CHAINED: tl.constexpr,
+    CAPABILITY: tl.constexpr,
 ):  # fmt: skip
     """Attention over 8-bit values in words of four: K as one operand, V as four planes of dims 4 j + i.
 
@@ -411,6 +416,8 @@ def _attend_words(
         first_panel, num_tokens, FORMAT, HEAD_DIM, PANEL_WORDS, K_WIDTH
     )
     slot = tl.load(first_slots + 1)
+    if CHAINED:
+        tl.extra.cuda.gdc_wait()
     query, query_scale = _load_queries(queries, group, HEAD_DIM, ROWS, K_WIDTH)
     score_scale = (query_scale * (log2_scale * SCALE))[None, :]
     peak = tl.full([ROWS], float("-inf"), tl.float32)
@@ -534,15 +541,13 @@ def _merge_kernel(
     seq_items, partial_values, partial_stats, out, num_heads,
     ITEMS: tl.constexpr, HEAD_DIM: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """One query head of one sequence: its items' partial results, weighted by what their maxima say.
-
-    What it reads before it waits for the attention was there before that was launched.
-    """
+    """One query head of one sequence: its items' partial results, weighted by what their maxima say."""
     sequence = tl.program_id(0) // num_heads
     head = tl.program_id(0) % num_heads
     begin = tl.load(seq_items + sequence)
     end = tl.load(seq_items + sequence + 1)
     if CHAINED:
+        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     columns = tl.arange(0, HEAD_DIM)
     peak = tl.full([], float("-inf"), tl.float32)

@@ -57,6 +57,24 @@ def has_e4m3(capability: tuple[int, int] | None) -> bool:
     return capability is not None and capability >= (8, 9)
 
 
+def chains(capability: tuple[int, int] | None) -> bool:
+    """Whether a device starts a kernel while the one before it still runs (programmatic dependent launch).
+
+    From one kernel to the next a GPU idles for about a microsecond, a tenth of what a layer's kernels take for few
+    sequences. So what runs between two linear layers is launched dependently (``launch_options``): it begins as soon as
+    all programs of the kernel before it have said ``gdc_launch_dependents`` or ended, and says ``gdc_wait`` before it
+    touches anything that an earlier kernel reads or writes. That lasts until the kernel before it has ended. As that
+    one had waited, too, all kernels before it have. Linear layers say the former, but are launched as usual: their
+    programs are few and long, and must find all multiprocessors empty to be spread over them evenly.
+    """
+    return capability is not None and capability >= (9, 0)
+
+
+def launch_options(capability: tuple[int, int] | None) -> dict[str, int | bool]:
+    """What Triton needs to know to launch a kernel dependently, where the device can."""
+    return {"launch_pdl": True} if chains(capability) else {}
+
+
 def check_head_dim(head_dim: int) -> None:
     """Raise ValueError for what the kernels are not written for."""
     if head_dim not in HEAD_DIMS:

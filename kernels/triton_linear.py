@@ -11,7 +11,16 @@ import torch
 import triton
 import triton.language as tl
 
-from hmad_kernels.triton_common import check_place, check_tensor, described, interprets, store_rounded, to_f32
+from hmad_kernels.triton_common import (
+    capability_of,
+    chains,
+    check_place,
+    check_tensor,
+    described,
+    interprets,
+    store_rounded,
+    to_f32,
+)
 
 TUNED_ROWS = (1, 8, 16)  # that the kernel is compiled for
 MOST_ROWS = TUNED_ROWS[-1]  # beyond, libraries are as good
@@ -28,10 +37,10 @@ class Tuning:
     num_stages: int
     num_warps: int = 4
 
-    def constants(self) -> dict[str, int | bool]:
-        """The compile-time constants."""
+    def constants(self, capability: tuple[int, int] | None) -> dict[str, int | bool]:
+        """The compile-time constants for a device, by its CUDA compute capability."""
         return {"ROWS": self.rows, "COLUMNS": self.columns, "DEPTH": self.depth, "STAGES": self.num_stages,
-                "INTERPRETED": interprets()}  # fmt: skip
+                "INTERPRETED": interprets(), "CHAINED": chains(capability)}  # fmt: skip
 
     def options(self) -> dict[str, int | bool]:
         """What Triton compiles with."""
@@ -72,7 +81,7 @@ def linear_few_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     out = torch.empty((len(x), num_columns), dtype=x.dtype, device=x.device)
     tuned = tuning_for(len(x), num_columns)
     _linear_kernel[(num_columns // tuned.columns,)](
-        x, weight, out, len(x), num_columns, depth, **tuned.constants(), **tuned.options()
+        x, weight, out, len(x), num_columns, depth, **tuned.constants(capability_of(x.device)), **tuned.options()
     )
     return out
 
@@ -81,8 +90,11 @@ def linear_few_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def _linear_kernel(
     x, weight, out, num_rows, num_columns, depth,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """A run of columns of the output."""
+    if CHAINED:
+        tl.extra.cuda.gdc_launch_dependents()
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     k = tl.arange(0, DEPTH)
     weights = weight + column.to(tl.int64)[:, None] * depth + k[None, :]

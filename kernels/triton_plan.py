@@ -22,7 +22,9 @@ PROGRAMS_PER_MULTIPROCESSOR = 24  # that a plan may have: three waves of 8, two 
 SMALL_BATCH = 4  # whose plans have one wave of 8 or 12: programs without an item cost time as well
 SMALL_BATCH_PROGRAMS = 12
 FULL_ENOUGH = 0.98  # of the fullest waves that any size of items gives: then larger items are better
-LEAST_ITEM_TOKENS = 64  # shorter items cost the merge more than they save
+LEAST_ITEM_TOKENS = (64, 64, 32, 32, 32, 32)  # by format code: what a step of its program reads, or a few
+SHORT_ITEM_TOKENS = 128  # of shorter items, it takes as long to launch and to merge them as to attend over them:
+SHORT_ITEM_PROGRAMS = 4  # then a wave has at most so many programs for each multiprocessor
 WAVE_ITEM_TOKENS = 512  # items that are at least so long leave room for one more wave
 MOST_BLOCK_TOKENS = max(TOKENS_PER_BLOCK)
 
@@ -105,9 +107,17 @@ def item_tokens_for(
     most = _most_items(batch, num_kv_heads, num_multiprocessors)
     wave = min(max(1, resident[FORMAT_NAMES[code]] * num_multiprocessors // num_kv_heads), most)  # items
     num_waves = min(max(1, num_tokens // (wave * WAVE_ITEM_TOKENS)), most // wave)
-    wanted = max(wave * num_waves, 2 * num_main)
-    least = max(-(-num_tokens // (wanted * MOST_BLOCK_TOKENS)), LEAST_ITEM_TOKENS // MOST_BLOCK_TOKENS)  # blocks
-    # In blocks, as all below. Twice the least leaves room for the end of every segment.
+
+    def least_for(num_items: int) -> int:
+        """Blocks of an item, as all below, if there are at most so many."""
+        num_items = max(num_items, 2 * num_main)
+        return max(-(-num_tokens // (num_items * MOST_BLOCK_TOKENS)), LEAST_ITEM_TOKENS[code] // MOST_BLOCK_TOKENS)
+
+    least = least_for(wave * num_waves)
+    if least * MOST_BLOCK_TOKENS < SHORT_ITEM_TOKENS:
+        wave = min(wave, max(1, SHORT_ITEM_PROGRAMS * num_multiprocessors // num_kv_heads))
+        least = least_for(wave)
+    # Twice the least leaves room for the end of every segment.
     sizes = np.unique(least + -(-np.arange(33) * least // 32)).astype(np.int32)
     blocks = -(-np.concatenate((segments[is_main, 1], segments[~is_main, 1])) // MOST_BLOCK_TOKENS)
     counts = -(-blocks // sizes[:, None])

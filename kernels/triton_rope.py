@@ -18,12 +18,15 @@ from hmad_kernels.triton_common import (
     TOKENS_PER_BLOCK,
     bits_of,
     butterflies,
+    capability_of,
+    chains,
     check_head_dim,
     check_metadata,
     check_place,
     check_tensor,
     described,
     format_code,
+    launch_options,
     panel_bytes,
     rounded,
     store_rounded,
@@ -31,7 +34,6 @@ from hmad_kernels.triton_common import (
 )
 
 HEADS_PER_PROGRAM = 8
-ROPE_OPTIONS = {"num_warps": 2, "enable_fp_fusion": False}  # 8 values of either half of a head to a thread
 
 
 def qk_norm_rope(
@@ -51,11 +53,12 @@ def qk_norm_rope(
     ValueError on shapes, dtypes and memory that do not fit.
     """
     _check(qkv, q_weight, k_weight, rope_table, positions, num_heads, num_kv_heads)
+    capability = capability_of(qkv.device)
     if len(qkv):
         _norm_rope_kernel[rope_grid(len(qkv), num_heads + num_kv_heads)](
             qkv, q_weight, k_weight, rope_table, positions, None, None, None, None,
             num_heads, num_kv_heads, len(rope_table), 0, eps,
-            **rope_constants(q_weight.shape[0], None), **ROPE_OPTIONS,
+            **rope_constants(q_weight.shape[0], None, capability), **rope_options(capability),
         )  # fmt: skip
     return qkv
 
@@ -85,11 +88,12 @@ def norm_rope_append(
     _check(qkv, q_weight, k_weight, rope_table, positions, num_heads, num_kv_heads)
     code = _check_tails(format_name, slots, slot_ids, offsets, bad_rows, len(qkv), num_kv_heads, head_dim)
     check_place({"qkv": qkv, "slots": slots, "slot_ids": slot_ids, "offsets": offsets, "bad_rows": bad_rows})
+    capability = capability_of(qkv.device)
     if len(qkv):
         _norm_rope_kernel[rope_grid(len(qkv), num_heads + 2 * num_kv_heads)](
             qkv, q_weight, k_weight, rope_table, positions, slots, slot_ids, offsets, bad_rows,
             num_heads, num_kv_heads, len(rope_table), slots.stride(0), eps,
-            **rope_constants(head_dim, code), **ROPE_OPTIONS,
+            **rope_constants(head_dim, code, capability), **rope_options(capability),
         )  # fmt: skip
 
 
@@ -98,10 +102,18 @@ def rope_grid(num_rows: int, num_heads: int) -> tuple[int, int]:
     return num_rows, triton.cdiv(num_heads, HEADS_PER_PROGRAM)
 
 
-def rope_constants(head_dim: int, tail_code: int | None) -> dict[str, int | None]:
-    """The compile-time constants of the kernel; None: nothing is appended."""
+def rope_constants(
+    head_dim: int, tail_code: int | None, capability: tuple[int, int] | None
+) -> dict[str, int | bool | None]:
+    """The compile-time constants of the kernel. ``tail_code`` None: nothing is appended; ``capability`` as for chains."""
     block_tokens = None if tail_code is None else TOKENS_PER_BLOCK[tail_code]
-    return {"HEAD_DIM": head_dim, "HEADS": HEADS_PER_PROGRAM, "TAIL": tail_code, "BLOCK_TOKENS": block_tokens}
+    return {"HEAD_DIM": head_dim, "HEADS": HEADS_PER_PROGRAM, "TAIL": tail_code, "BLOCK_TOKENS": block_tokens,
+            "CHAINED": chains(capability)}  # fmt: skip
+
+
+def rope_options(capability: tuple[int, int] | None) -> dict[str, int | bool]:
+    """What Triton compiles with: 8 values of either half of a head to a thread."""
+    return {"num_warps": 2, "enable_fp_fusion": False} | launch_options(capability)
 
 
 def _check(
@@ -146,8 +158,12 @@ def _norm_rope_kernel(
     qkv, q_weight, k_weight, rope_table, positions, slots, slot_ids, offsets, bad_rows,
     num_heads, num_kv_heads, max_positions, slot_bytes, eps,
     HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, TAIL: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """A run of heads of one row. Tensors of heads are [HEADS, D/2]: the low and the high half of each."""
+    if CHAINED:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     HALF: tl.constexpr = HEAD_DIM // 2
     DTYPE: tl.constexpr = qkv.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)

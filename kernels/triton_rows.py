@@ -22,12 +22,14 @@ from hmad_kernels.triton_common import (
     bits_of,
     butterflies,
     capability_of,
+    chains,
     check_place,
     check_tensor,
     described,
     divide,
     float_of,
     has_e4m3,
+    launch_options,
     narrowed,
     rounded,
     to_e4m3,
@@ -153,9 +155,10 @@ def scale_int32(acc: torch.Tensor, row_scales: torch.Tensor, column_scales: torc
     return out
 
 
-def row_constants(width: int, emit: int, *, hardware_e4m3: bool) -> dict[str, int | bool]:
-    """The compile-time constants of a kernel whose program needs its whole row."""
-    return {"WIDTH": width, "BLOCK": triton.next_power_of_2(width), "EMIT": emit, "HARDWARE_E4M3": hardware_e4m3}
+def row_constants(width: int, emit: int, capability: tuple[int, int] | None) -> dict[str, int | bool]:
+    """The compile-time constants of a kernel whose program needs its whole row; ``capability`` as for chains."""
+    return {"WIDTH": width, "BLOCK": triton.next_power_of_2(width), "EMIT": emit,
+            "HARDWARE_E4M3": has_e4m3(capability), "CHAINED": chains(capability)}  # fmt: skip
 
 
 def row_warps(width: int) -> int:
@@ -176,35 +179,42 @@ def _launch_norm(
     num_rows, width = _shape(x)
     added = {} if delta is None else {"delta": (delta, (num_rows, width))}
     _check_rows(x, x=(x, (num_rows, width)), weight=(weight, (width,)), **added)
+    capability = capability_of(x.device)
     if num_rows:
-        constants = row_constants(width, emit, hardware_e4m3=has_e4m3(capability_of(x.device)))
         _add_rms_norm_kernel[(num_rows,)](
-            x, delta, weight, out, scales, eps, **constants, **row_options(row_warps(width))
-        )
+            x, delta, weight, out, scales, eps,
+            **row_constants(width, emit, capability), **row_options(row_warps(width)), **launch_options(capability),
+        )  # fmt: skip
 
 
 def _launch_silu_mul(gate_up: torch.Tensor, emit: int, out: torch.Tensor, scales: torch.Tensor | None) -> None:
     num_rows, width = out.shape
     _check_rows(gate_up, gate_up=(gate_up, (num_rows, 2 * width)))
+    capability = capability_of(gate_up.device)
     if num_rows:
-        constants = silu_constants(width, emit, hardware_e4m3=has_e4m3(capability_of(gate_up.device)))
+        constants = silu_constants(width, emit, capability)
         warps = PIECE_WARPS if emit == PLAIN.value else row_warps(width)
         grid = num_rows, triton.cdiv(width, constants["BLOCK"])
-        _silu_mul_kernel[grid](gate_up, out, scales, **constants, **row_options(warps))
+        _silu_mul_kernel[grid](
+            gate_up, out, scales, **constants, **row_options(warps), **launch_options(capability)
+        )  # fmt: skip
 
 
-def silu_constants(width: int, emit: int, *, hardware_e4m3: bool) -> dict[str, int | bool]:
+def silu_constants(width: int, emit: int, capability: tuple[int, int] | None) -> dict[str, int | bool]:
     """The compile-time constants of ``silu_mul``, whose program needs its whole row only for a scale."""
-    constants = row_constants(width, emit, hardware_e4m3=hardware_e4m3) | {"TURN": turn_block(width)}
+    constants = row_constants(width, emit, capability) | {"TURN": turn_block(width)}
     return constants | {"BLOCK": PIECE} if emit == PLAIN.value else constants
 
 
 def _launch_quantize(x: torch.Tensor, emit: int, out: torch.Tensor, scales: torch.Tensor) -> None:
     num_rows, width = _shape(x)
     _check_rows(x, x=(x, (num_rows, width)))
+    capability = capability_of(x.device)
     if num_rows:
-        constants = row_constants(width, emit, hardware_e4m3=has_e4m3(capability_of(x.device)))
-        _quantize_kernel[(num_rows,)](x, out, scales, **constants, **row_options(row_warps(width)))
+        _quantize_kernel[(num_rows,)](
+            x, out, scales,
+            **row_constants(width, emit, capability), **row_options(row_warps(width)), **launch_options(capability),
+        )  # fmt: skip
 
 
 def _room_for_int8(x: torch.Tensor, num_rows: int, width: int) -> Int8Rows:
@@ -249,15 +259,18 @@ def _check_rows(like: torch.Tensor, **tensors: tuple[torch.Tensor, tuple[int, ..
 def _add_rms_norm_kernel(
     x, delta, weight, out, scales,
     eps,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, EMIT: tl.constexpr, HARDWARE_E4M3: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, EMIT: tl.constexpr, HARDWARE_E4M3: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     exists = columns < WIDTH
     place = r * WIDTH + columns
     DTYPE: tl.constexpr = x.dtype.element_ty
-    row = to_f32(tl.load(x + place, mask=exists, other=0.0))
     weights = tl.load(weight + columns, mask=exists, other=0.0)
+    if CHAINED:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    row = to_f32(tl.load(x + place, mask=exists, other=0.0))
     if delta is not None:
         row = rounded(row + to_f32(tl.load(delta + place, mask=exists, other=0.0)), DTYPE)
         tl.store(x + place, narrowed(row, DTYPE), mask=exists)
@@ -273,8 +286,12 @@ def _add_rms_norm_kernel(
 def _silu_mul_kernel(
     gate_up, out, scales,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, TURN: tl.constexpr, EMIT: tl.constexpr, HARDWARE_E4M3: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One row, or a piece of one where nothing asks for its largest value. Turned where it becomes int8."""
+    if CHAINED:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     r = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     exists = columns < WIDTH
@@ -291,8 +308,11 @@ def _silu_mul_kernel(
 @triton.jit
 def _quantize_kernel(
     x, out, scales,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, EMIT: tl.constexpr, HARDWARE_E4M3: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, EMIT: tl.constexpr, HARDWARE_E4M3: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    if CHAINED:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     r = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     exists = columns < WIDTH

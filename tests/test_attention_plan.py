@@ -62,8 +62,11 @@ SKEWED = np.array([[2, 131072, 0]] + [[2, 2048, 0]] * 192, dtype=np.int32)
 @pytest.mark.parametrize(
     ("segments", "resident", "item_tokens", "num_items"),
     [
-        (uniform(1, 1024), 8, 64, 16),  # never less than 64
-        (uniform(8, 1024), 8, 64, 128),  # 132 items of 8 programs are one wave of 132 x 8
+        (uniform(1, 512), 8, 32, 16),  # never less than a step
+        (uniform(1, 512, name="bf16"), 4, 64, 8),
+        (uniform(1, 4096), 8, 64, 64),  # 66 items of 8 programs are 132 x 4: enough where items are short
+        (uniform(8, 1024), 8, 128, 64),
+        (uniform(16, 1024), 8, 128, 128),  # 132 items are one wave of 132 x 8
         (uniform(1, 32768), 8, 256, 128),
         (uniform(64, 2048), 8, 2016, 128),
         (uniform(64, 2048), 12, 992, 192),  # 198 items are one wave of 132 x 12

@@ -25,9 +25,9 @@ from hmad_kernels import (
     triton_step,
 )
 from hmad_kernels.triton_attention import attend_constants, merge_constants, merge_options, tuning_for
-from hmad_kernels.triton_common import FORMAT_NAMES, format_code, has_e4m3
+from hmad_kernels.triton_common import FORMAT_NAMES, format_code, launch_options
 from hmad_kernels.triton_pack import pack_constants, pack_options
-from hmad_kernels.triton_rope import ROPE_OPTIONS, rope_constants
+from hmad_kernels.triton_rope import rope_constants, rope_options
 from hmad_kernels.triton_rows import PIECE, PIECE_WARPS, row_constants, row_options, row_warps, silu_constants
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -38,7 +38,7 @@ CAPABILITIES: dict[str, tuple[int, int] | None] = {
     "sm_100": (10, 0),
     "gfx942": None,
 }
-CHAINING = ("sm_90", "sm_100")  # where the merge is launched before the attention has ended
+CHAINING = ("sm_90", "sm_100")  # where kernels begin before the ones before them have ended
 FLOATS, FENCED = ("fp32", "bf16"), ("int8", "mxfp8", "bfp8")
 VALUE_BYTES = {"fp32": 4, "bf16": 2} | dict.fromkeys(("int8", "fp8_e4m3", "mxfp8", "bfp8"), 1)
 POINTERS = {
@@ -127,6 +127,15 @@ def wide_load_bytes(binary: Any, directory: Path) -> int:
     return len(loads) * 16 * 32 * binary.metadata.num_warps
 
 
+def assert_chained(binary: Any, arch: str, *, begins: bool = True, frees: bool = True) -> None:
+    """Whether a kernel begins while the one before it runs, and then waits for it, and whether it frees the next one to
+    do so; on devices that have none of this, it must do none.
+    """
+    can, ptx = arch in CHAINING, binary.asm.get("ptx", "")
+    assert ("griddepcontrol.wait" in ptx) == getattr(binary.metadata, "launch_pdl", False) == (can and begins)
+    assert ("griddepcontrol.launch_dependents" in ptx) == (can and frees)
+
+
 def waits_at_fences(binary: Any, directory: Path) -> list[str]:
     """What stands behind a fence and waits for all loads (the six scoreboards of a warp) that are under way."""
     line = r"/\*[0-9a-f]{4,}\*/\s+([^;]*);\s+/\* 0x[0-9a-f]{16} \*/\s+/\* 0x([0-9a-f]{16}) \*/"
@@ -157,10 +166,9 @@ def test_attention_compiles(
     capability = CAPABILITIES[arch]
     tuning = tuning_for(name, capability)
     constants = attend_constants(format_code(name), head_dim, tuning, capability, interpreted=False)
-    binary = compiled(triton_attention._attend_kernel, arch, constants, tuning.options(), q=dtype)
+    binary = compiled(triton_attention._attend_kernel, arch, constants, tuning.options(capability), q=dtype)
     assert_no_spills(binary, arch, tmp_path)
-    assert ("griddepcontrol.launch_dependents" in binary.asm.get("ptx", "")) == (arch in CHAINING)
-    assert not getattr(binary.metadata, "launch_pdl", False)
+    assert_chained(binary, arch)
     if capability is not None:
         # The loop's own loads, and as many as run ahead of it: by the pipeline's depth, or written one step ahead.
         copies = tuning.num_stages if name in FLOATS else 2
@@ -177,11 +185,10 @@ def test_attention_compiles(
 def test_merging_compiles(arch: str, head_dim: int, num_warps: int, tmp_path: Path) -> None:
     kernel, capability = triton_attention._merge_kernel, CAPABILITIES[arch]
     for out in FLOATS:
-        constants, options = merge_constants(head_dim, num_warps, capability), merge_options(num_warps, capability)
-        binary = compiled(kernel, arch, constants, options, out=out)
+        constants = merge_constants(head_dim, num_warps, capability)
+        binary = compiled(kernel, arch, constants, merge_options(num_warps, capability), out=out)
         assert_no_spills(binary, arch, tmp_path)
-        assert ("griddepcontrol.wait" in binary.asm.get("ptx", "")) == (arch in CHAINING)
-        assert getattr(binary.metadata, "launch_pdl", False) == (arch in CHAINING)
+        assert_chained(binary, arch)
 
 
 def test_no_conversion_to_e4m3_that_sm_80_lacks(tmp_path: Path) -> None:
@@ -215,8 +222,7 @@ every_arch = pytest.mark.parametrize("arch", CAPABILITIES)
 
 def emitting(arch: str, emitted: str) -> dict[str, Any]:
     """Arguments of ``row_constants``."""
-    capability = CAPABILITIES[arch]
-    return {"emit": list(EMITTED).index(emitted), "hardware_e4m3": has_e4m3(capability)}
+    return {"emit": list(EMITTED).index(emitted), "capability": CAPABILITIES[arch]}
 
 
 def assert_rows_compile(
@@ -224,8 +230,10 @@ def assert_rows_compile(
 ) -> None:
     """``column_bytes`` is the payload of a column; loads of columns past the last may be left out."""
     constants = constants | ({"scales": None} if "scales" in kernel.arg_names and emitted == "plain" else {})
-    binary = compiled(kernel, arch, constants, row_options(num_warps), out=EMITTED[emitted])
+    chained = launch_options(CAPABILITIES[arch]) if "CHAINED" in kernel.arg_names else {}
+    binary = compiled(kernel, arch, constants, row_options(num_warps) | chained, out=EMITTED[emitted])
     assert_no_spills(binary, arch, directory)
+    assert_chained(binary, arch, begins=bool(chained), frees=bool(chained))
     if CAPABILITIES[arch] is not None:
         block = constants["BLOCK"]
         width = min(constants.get("WIDTH", block), block)
@@ -266,11 +274,14 @@ def test_what_goes_by_pieces_compiles(arch: str, tmp_path: Path) -> None:
 @every_arch
 @pytest.mark.parametrize("tail", [None, "bf16", "fp32"])
 def test_rotating_compiles(arch: str, tail: str | None, tmp_path: Path) -> None:
-    constants: dict[str, Any] = rope_constants(128, None if tail is None else format_code(tail))
+    capability = CAPABILITIES[arch]
+    constants: dict[str, Any] = rope_constants(128, None if tail is None else format_code(tail), capability)
     if tail is None:
         constants |= dict.fromkeys(("slots", "slot_ids", "offsets", "bad_rows"))
-    binary = compiled(triton_rope._norm_rope_kernel, arch, constants, ROPE_OPTIONS, slots="u8", bad_rows="u8")
+    options = rope_options(capability)
+    binary = compiled(triton_rope._norm_rope_kernel, arch, constants, options, slots="u8", bad_rows="u8")
     assert_no_spills(binary, arch, tmp_path)
+    assert_chained(binary, arch)
     if CAPABILITIES[arch] is not None:
         assert wide_load_bytes(binary, tmp_path) >= triton_rope.HEADS_PER_PROGRAM * 128 * 2
 
@@ -315,7 +326,9 @@ def test_counting_on_compiles(arch: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("num_rows", "num_columns"), [(1, 4096), (8, 4096), (16, 24576)])
 def test_few_rows_compile(arch: str, num_rows: int, num_columns: int, tmp_path: Path) -> None:
     tuning = triton_linear.tuning_for(num_rows, num_columns)
-    binary = compiled(triton_linear._linear_kernel, arch, tuning.constants(), tuning.options(), out="bf16")
+    constants = tuning.constants(CAPABILITIES[arch])
+    binary = compiled(triton_linear._linear_kernel, arch, constants, tuning.options(), out="bf16")
     assert_no_spills(binary, arch, tmp_path)
+    assert_chained(binary, arch, begins=False)
     if CAPABILITIES[arch] is not None:
         assert wide_load_bytes(binary, tmp_path) >= 2 * tuning.columns * tuning.depth
