@@ -86,12 +86,12 @@ class Tuning:
     max_registers: int | None = None
     query_rows: int = 16  # to which the query heads of a KV head are padded
 
-    def options(self, capability: tuple[int, int] | None) -> dict[str, int | bool]:
-        """What Triton compiles with, and launches with on a device of this CUDA compute capability."""
+    def options(self) -> dict[str, int | bool]:
+        """What Triton compiles with."""
         options: dict[str, int | bool] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         if self.max_registers is not None:
             options["maxnreg"] = self.max_registers
-        return options | {"enable_fp_fusion": True} | launch_options(capability)
+        return options | {"enable_fp_fusion": True}
 
 
 def tuning_for(format_name: str, capability: tuple[int, int] | None) -> Tuning:
@@ -122,8 +122,7 @@ def resident_programs(
         kernel = _attend_kernel.warmup(
             dtype, torch.int32, torch.int32, torch.int32, torch.int32, torch.float32, torch.float32,
             1.0, num_heads * head_dim, slot_bytes // 4, num_kv_heads, num_heads // num_kv_heads,
-            **attend_constants(code, head_dim, tuned, capability, interpreted=False), **tuned.options(capability),
-            grid=(1,),
+            **attend_constants(code, head_dim, tuned, capability, interpreted=False), **tuned.options(), grid=(1,),
         )  # fmt: skip
         kernel.run  # noqa: B018 (loads it, which tells its registers)
     place = torch.cuda.get_device_properties(device)
@@ -163,10 +162,11 @@ def paged_decode_attention(
     q and out [batch, num_heads, head_dim], both bfloat16 or both float32; the rows of q may lie further apart, as in a
     projection of which they are a part; slots uint8 [num_slots, slot_bytes]; items, num_items, seq_items (see
     triton_plan.Plan) and block_table int32, on the device. What they say is not checked here: whoever made them on the
-    host did. The kernel launched before this must write none of them, nor blocks of 8-bit formats: where devices start
-    kernels early (see ``chains``), they are read while it still runs. ``formats`` are those of the plan. The scratch is of ``partial_shapes``. ``tuning`` replaces every
-    format's own. A sequence without items gives NaN. Raises ValueError on shapes, dtypes and memory that do not fit,
-    and where a step would begin with more blocks than an item's row has slots of.
+    host did. The kernel that was launched before must write none of them: where devices start kernels early (see
+    ``chains``), they are read while it still runs. ``formats`` are those of the plan. The scratch is of
+    ``partial_shapes``. ``tuning`` replaces every format's own. A sequence without items gives NaN. Raises ValueError on
+    shapes, dtypes and memory that do not fit, and where a step would begin with more blocks than an item's row has
+    slots of.
     """
     if not formats:
         raise ValueError("formats names none, and attention needs one at least")
@@ -180,10 +180,13 @@ def paged_decode_attention(
         tuned = tuning or tuning_for(name, capability)
         if tuned.tokens > FIRST_SLOTS.value * TOKENS_PER_BLOCK[code]:
             raise ValueError(f"{name}: a step of {tuned.tokens} tokens is of more than {FIRST_SLOTS.value} blocks")
+        # The last launch is mostly of long prefixes: its programs must be spread evenly, as those of linear layers.
+        early = launch_options(capability) if plane == 0 < len(codes) - 1 else {}
         _attend_kernel[(capacity * num_kv_heads,)](
             q, slots.view(torch.int32), items[plane], num_items[plane:], block_table, partial_values, partial_stats,
             sm_scale * LOG2_E, q.stride(0), slots.stride(0) // 4, num_kv_heads, group,
-            **attend_constants(code, head_dim, tuned, capability, interpreted=interprets()), **tuned.options(capability),
+            **attend_constants(code, head_dim, tuned, capability, interpreted=interprets()), **tuned.options(),
+            **early,
         )  # fmt: skip
     merge_warps = 4 if capacity >= MANY_ITEMS * batch else 1
     _merge_kernel[(batch * num_heads,)](
@@ -326,7 +329,7 @@ def _attend_kernel(
     first_slot = tl.load(first_slots, volatile=True)
     if item >= tl.load(num_items):
         # Only the last of those that have no item waits, so that a launch of none but such does not end too early.
-        if CHAINED:
+        if CHAINED:  # noqa: SIM102 (what a constant leaves out must stand in an if of its own)
             if tl.program_id(0) == tl.num_programs(0) - 1:
                 tl.extra.cuda.gdc_wait()
         return
@@ -411,13 +414,13 @@ def _attend_words(
     PLACED: tl.constexpr = FORMAT >= FP8_E4M3 and CAPABILITY < E4M3_CAPABILITY
     FLOAT_SCALE: tl.constexpr = BFP8_SCALE if FORMAT == BFP8 else E4M3_PLACED_SCALE if PLACED else 1.0
     SCALE: tl.constexpr = INT8_SCALE if FORMAT == INT8 else FLOAT_SCALE
+    if CHAINED:
+        tl.extra.cuda.gdc_wait()
     first_panel = panels + first_slot.to(tl.int64) * slot_words
     k_words, k_scales, v_evens, v_odds, v_scales = _load_block(
         first_panel, num_tokens, FORMAT, HEAD_DIM, PANEL_WORDS, K_WIDTH
     )
     slot = tl.load(first_slots + 1)
-    if CHAINED:
-        tl.extra.cuda.gdc_wait()
     query, query_scale = _load_queries(queries, group, HEAD_DIM, ROWS, K_WIDTH)
     score_scale = (query_scale * (log2_scale * SCALE))[None, :]
     peak = tl.full([ROWS], float("-inf"), tl.float32)
@@ -547,7 +550,6 @@ def _merge_kernel(
     begin = tl.load(seq_items + sequence)
     end = tl.load(seq_items + sequence + 1)
     if CHAINED:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     columns = tl.arange(0, HEAD_DIM)
     peak = tl.full([], float("-inf"), tl.float32)

@@ -60,12 +60,12 @@ def has_e4m3(capability: tuple[int, int] | None) -> bool:
 def chains(capability: tuple[int, int] | None) -> bool:
     """Whether a device starts a kernel while the one before it still runs (programmatic dependent launch).
 
-    From one kernel to the next a GPU idles for about a microsecond, a tenth of what a layer's kernels take for few
-    sequences. So what runs between two linear layers is launched dependently (``launch_options``): it begins as soon as
-    all programs of the kernel before it have said ``gdc_launch_dependents`` or ended, and says ``gdc_wait`` before it
-    touches anything that an earlier kernel reads or writes. That lasts until the kernel before it has ended. As that
-    one had waited, too, all kernels before it have. Linear layers say the former, but are launched as usual: their
-    programs are few and long, and must find all multiprocessors empty to be spread over them evenly.
+    From one kernel to the next a GPU idles for about a microsecond, where those of a step for few sequences take ten.
+    So the small ones are launched dependently (``launch_options``): such a kernel begins as soon as all programs of the
+    one before it have ended or said ``gdc_launch_dependents``, and says ``gdc_wait`` before it touches what an earlier
+    kernel reads or writes. That lasts until the one before it has ended. As that one began after its own predecessor
+    had ended, or waited for it, all before it have. Linear layers, and attention over long prefixes, are launched as
+    usual: their programs are long, and must find all multiprocessors empty to be spread over them evenly.
     """
     return capability is not None and capability >= (9, 0)
 

@@ -105,7 +105,7 @@ def rope_grid(num_rows: int, num_heads: int) -> tuple[int, int]:
 def rope_constants(
     head_dim: int, tail_code: int | None, capability: tuple[int, int] | None
 ) -> dict[str, int | bool | None]:
-    """The compile-time constants of the kernel. ``tail_code`` None: nothing is appended; ``capability`` as for chains."""
+    """The compile-time constants. Without ``tail_code`` nothing is appended; ``capability`` is as for ``chains``."""
     block_tokens = None if tail_code is None else TOKENS_PER_BLOCK[tail_code]
     return {"HEAD_DIM": head_dim, "HEADS": HEADS_PER_PROGRAM, "TAIL": tail_code, "BLOCK_TOKENS": block_tokens,
             "CHAINED": chains(capability)}  # fmt: skip

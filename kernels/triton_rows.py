@@ -268,7 +268,6 @@ def _add_rms_norm_kernel(
     DTYPE: tl.constexpr = x.dtype.element_ty
     weights = tl.load(weight + columns, mask=exists, other=0.0)
     if CHAINED:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     row = to_f32(tl.load(x + place, mask=exists, other=0.0))
     if delta is not None:
@@ -290,7 +289,6 @@ def _silu_mul_kernel(
 ):  # fmt: skip
     """One row, or a piece of one where nothing asks for its largest value. Turned where it becomes int8."""
     if CHAINED:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     r = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -311,7 +309,6 @@ def _quantize_kernel(
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, EMIT: tl.constexpr, HARDWARE_E4M3: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     if CHAINED:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     r = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)

@@ -166,7 +166,8 @@ def test_attention_compiles(
     capability = CAPABILITIES[arch]
     tuning = tuning_for(name, capability)
     constants = attend_constants(format_code(name), head_dim, tuning, capability, interpreted=False)
-    binary = compiled(triton_attention._attend_kernel, arch, constants, tuning.options(capability), q=dtype)
+    options = tuning.options() | launch_options(capability)  # as the first of several launches
+    binary = compiled(triton_attention._attend_kernel, arch, constants, options, q=dtype)
     assert_no_spills(binary, arch, tmp_path)
     assert_chained(binary, arch)
     if capability is not None:
@@ -188,7 +189,7 @@ def test_merging_compiles(arch: str, head_dim: int, num_warps: int, tmp_path: Pa
         constants = merge_constants(head_dim, num_warps, capability)
         binary = compiled(kernel, arch, constants, merge_options(num_warps, capability), out=out)
         assert_no_spills(binary, arch, tmp_path)
-        assert_chained(binary, arch)
+        assert_chained(binary, arch, frees=False)
 
 
 def test_no_conversion_to_e4m3_that_sm_80_lacks(tmp_path: Path) -> None:
@@ -233,7 +234,7 @@ def assert_rows_compile(
     chained = launch_options(CAPABILITIES[arch]) if "CHAINED" in kernel.arg_names else {}
     binary = compiled(kernel, arch, constants, row_options(num_warps) | chained, out=EMITTED[emitted])
     assert_no_spills(binary, arch, directory)
-    assert_chained(binary, arch, begins=bool(chained), frees=bool(chained))
+    assert_chained(binary, arch, begins=bool(chained), frees=False)
     if CAPABILITIES[arch] is not None:
         block = constants["BLOCK"]
         width = min(constants.get("WIDTH", block), block)
