@@ -79,8 +79,10 @@ def test_it_stops_both_nodes(output: str) -> None:
 
 
 def test_interrupted_it_leaves_no_daemon_behind() -> None:
+    # A shell's background jobs, of which these tests may be one, ignore interrupts, and so do their children.
+    command = ["env", "--default-signal=INT", sys.executable, DEMO]
     with subprocess.Popen(
-        [sys.executable, DEMO], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as demo:
         assert demo.stdout
         while "--role prefill" not in demo.stdout.readline():
