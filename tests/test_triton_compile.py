@@ -121,28 +121,48 @@ def disassembled(binary: Any, directory: Path, *options: str) -> str:
     return subprocess.run([CUOBJDUMP, *options, path], capture_output=True, text=True, check=True).stdout
 
 
+def instructions(binary: Any, directory: Path) -> list[tuple[str, int]]:
+    """The machine code: each instruction and its control bits."""
+    line = r"/\*[0-9a-f]{4,}\*/\s+([^;]*);\s+/\* 0x[0-9a-f]{16} \*/\s+/\* 0x([0-9a-f]{16}) \*/"
+    code = re.findall(line, disassembled(binary, directory, "-sass"))
+    assert code
+    return [(text.strip(), int(control, 16)) for text, control in code]
+
+
 def wide_load_bytes(binary: Any, directory: Path) -> int:
     """Bytes that a program's 128-bit loads from global memory move, each instruction counted once."""
-    loads = re.findall(r"\b(?:LDG|LDGSTS)\.E(?:\.\w+)*\.128\b", disassembled(binary, directory, "-sass"))
-    return len(loads) * 16 * 32 * binary.metadata.num_warps
+    return wide_bytes([text for text, _ in instructions(binary, directory)], binary.metadata.num_warps)
 
 
-def assert_chained(binary: Any, arch: str, *, begins: bool = True, frees: bool = True) -> None:
+def wide_bytes(code: list[str], num_warps: int) -> int:
+    loads = [text for text in code if re.search(r"\b(?:LDG|LDGSTS)\.E(?:\.\w+)*\.128\b", text)]
+    return len(loads) * 16 * 32 * num_warps
+
+
+def assert_chained(
+    binary: Any, arch: str, directory: Path, *, begins: bool = True, frees: bool = True, loads: int = 0, wide: int = 0
+) -> None:
     """Whether a kernel begins while the one before it runs, and then waits for it, and whether it frees the next one to
-    do so; on devices that have none of this, it must do none.
+    do so; on devices that have none of this, it must do none. Before it waits it stores nothing, and loads only what
+    has long been there: by ``loads`` narrow loads at most, and wide ones of at most ``wide`` bytes.
     """
     can, ptx = arch in CHAINING, binary.asm.get("ptx", "")
     assert ("griddepcontrol.wait" in ptx) == getattr(binary.metadata, "launch_pdl", False) == (can and begins)
     assert ("griddepcontrol.launch_dependents" in ptx) == (can and frees)
+    if can and begins:
+        code = [text for text, _ in instructions(binary, directory)]
+        # A wait with the end behind it is that of programs which have nothing to do.
+        [wait] = [i for i, (text, behind) in enumerate(pairwise(code)) if text == "ACQBULK" and behind != "EXIT"]
+        early = [text for text in code[:wait] if re.search(r"\b(?:LD|LDG|LDGSTS|ST|STG|RED|ATOM|ATOMG)\b", text)]
+        assert len([text for text in early if "LDG" in text and ".128" not in text]) <= loads
+        assert wide_bytes(early, binary.metadata.num_warps) <= wide
+        assert all(re.search(r"\bLDG\b", text) for text in early), early
 
 
 def waits_at_fences(binary: Any, directory: Path) -> list[str]:
     """What stands behind a fence and waits for all loads (the six scoreboards of a warp) that are under way."""
-    line = r"/\*[0-9a-f]{4,}\*/\s+([^;]*);\s+/\* 0x[0-9a-f]{16} \*/\s+/\* 0x([0-9a-f]{16}) \*/"
-    code = re.findall(line, disassembled(binary, directory, "-sass"))
-    assert code
-    behind = [after for (text, _), after in pairwise(code) if "MEMBAR" in text]
-    return [text for text, control in behind if int(control, 16) >> 52 & 63 == 63]
+    behind = [after for (text, _), after in pairwise(instructions(binary, directory)) if "MEMBAR" in text]
+    return [text for text, control in behind if control >> 52 & 63 == 63]
 
 
 @pytest.mark.parametrize(("arch", "head_dim", "name", "dtype"), VARIANTS)
@@ -169,7 +189,7 @@ def test_attention_compiles(
     options = tuning.options() | launch_options(capability)  # as the first of several launches
     binary = compiled(triton_attention._attend_kernel, arch, constants, options, q=dtype)
     assert_no_spills(binary, arch, tmp_path)
-    assert_chained(binary, arch)
+    assert_chained(binary, arch, tmp_path, loads=11)  # their number, and an item's fields, of which one twice
     if capability is not None:
         # The loop's own loads, and as many as run ahead of it: by the pipeline's depth, or written one step ahead.
         copies = tuning.num_stages if name in FLOATS else 2
@@ -189,7 +209,7 @@ def test_merging_compiles(arch: str, head_dim: int, num_warps: int, tmp_path: Pa
         constants = merge_constants(head_dim, num_warps, capability)
         binary = compiled(kernel, arch, constants, merge_options(num_warps, capability), out=out)
         assert_no_spills(binary, arch, tmp_path)
-        assert_chained(binary, arch, frees=False)
+        assert_chained(binary, arch, tmp_path, frees=False, loads=2)  # which items a sequence has
 
 
 def test_no_conversion_to_e4m3_that_sm_80_lacks(tmp_path: Path) -> None:
@@ -227,14 +247,17 @@ def emitting(arch: str, emitted: str) -> dict[str, Any]:
 
 
 def assert_rows_compile(
-    kernel: Any, arch: str, emitted: str, constants: dict[str, Any], num_warps: int, column_bytes: int, directory: Path
-) -> None:
-    """``column_bytes`` is the payload of a column; loads of columns past the last may be left out."""
+    kernel: Any, arch: str, emitted: str, constants: dict[str, Any], num_warps: int, column_bytes: int, directory: Path,
+    early_bytes: int = 0,
+) -> None:  # fmt: skip
+    """``column_bytes`` is the payload of a column; loads of columns past the last may be left out. ``early_bytes`` are
+    those which are there before the kernel begins.
+    """
     constants = constants | ({"scales": None} if "scales" in kernel.arg_names and emitted == "plain" else {})
     chained = launch_options(CAPABILITIES[arch]) if "CHAINED" in kernel.arg_names else {}
     binary = compiled(kernel, arch, constants, row_options(num_warps) | chained, out=EMITTED[emitted])
     assert_no_spills(binary, arch, directory)
-    assert_chained(binary, arch, begins=bool(chained), frees=False)
+    assert_chained(binary, arch, directory, begins=bool(chained), frees=False, wide=early_bytes)
     if CAPABILITIES[arch] is not None:
         block = constants["BLOCK"]
         width = min(constants.get("WIDTH", block), block)
@@ -245,7 +268,10 @@ def assert_rows_compile(
 def test_norms_compile(arch: str, width: int, emitted: str, tmp_path: Path) -> None:
     constants, num_warps = row_constants(width, **emitting(arch, emitted)), row_warps(width)
     column_bytes = 3 * 2  # x, delta and the weight, in bfloat16
-    assert_rows_compile(triton_rows._add_rms_norm_kernel, arch, emitted, constants, num_warps, column_bytes, tmp_path)
+    early_bytes = 2 * constants["BLOCK"]  # the weight
+    assert_rows_compile(
+        triton_rows._add_rms_norm_kernel, arch, emitted, constants, num_warps, column_bytes, tmp_path, early_bytes
+    )
 
 
 @every_row
@@ -282,7 +308,7 @@ def test_rotating_compiles(arch: str, tail: str | None, tmp_path: Path) -> None:
     options = rope_options(capability)
     binary = compiled(triton_rope._norm_rope_kernel, arch, constants, options, slots="u8", bad_rows="u8")
     assert_no_spills(binary, arch, tmp_path)
-    assert_chained(binary, arch)
+    assert_chained(binary, arch, tmp_path)
     if CAPABILITIES[arch] is not None:
         assert wide_load_bytes(binary, tmp_path) >= triton_rope.HEADS_PER_PROGRAM * 128 * 2
 
@@ -330,6 +356,6 @@ def test_few_rows_compile(arch: str, num_rows: int, num_columns: int, tmp_path: 
     constants = tuning.constants(CAPABILITIES[arch])
     binary = compiled(triton_linear._linear_kernel, arch, constants, tuning.options(), out="bf16")
     assert_no_spills(binary, arch, tmp_path)
-    assert_chained(binary, arch, begins=False)
+    assert_chained(binary, arch, tmp_path, begins=False)
     if CAPABILITIES[arch] is not None:
         assert wide_load_bytes(binary, tmp_path) >= 2 * tuning.columns * tuning.depth
