@@ -162,11 +162,11 @@ def paged_decode_attention(
     q and out [batch, num_heads, head_dim], both bfloat16 or both float32; the rows of q may lie further apart, as in a
     projection of which they are a part; slots uint8 [num_slots, slot_bytes]; items, num_items, seq_items (see
     triton_plan.Plan) and block_table int32, on the device. What they say is not checked here: whoever made them on the
-    host did. The kernel that was launched before must write none of them: where devices start kernels early (see
-    ``chains``), they are read while it still runs. ``formats`` are those of the plan. The scratch is of
-    ``partial_shapes``. ``tuning`` replaces every format's own. A sequence without items gives NaN. Raises ValueError on
-    shapes, dtypes and memory that do not fit, and where a step would begin with more blocks than an item's row has
-    slots of.
+    host did. Neither the last kernel that was launched as usual nor any since may write items, num_items or seq_items:
+    where devices start kernels early (see ``chains``), they are read while those still run. ``formats`` are those of
+    the plan. The scratch is of ``partial_shapes``. ``tuning`` replaces every format's own. A sequence without items
+    gives NaN. Raises ValueError on shapes, dtypes and memory that do not fit, and where a step would begin with more
+    blocks than an item's row has slots of.
     """
     if not formats:
         raise ValueError("formats names none, and attention needs one at least")
@@ -405,7 +405,7 @@ def _attend_words(
     """Attention over 8-bit values in words of four: K as one operand, V as four planes of dims 4 j + i.
 
     A step begins with the loads of the next one's block, K and V together: so they are one run of memory. The first
-    block is asked for before the query is waited for, which is prepared while the block comes.
+    block is asked for before the query is, which is prepared while the block comes.
     """
     # Left to itself, the compiler reads the next block half a step later, or, of fp8_e4m3, a fifth, which does no harm.
     # With float32 queries, which are for exact tests, a fence costs registers that there are not.

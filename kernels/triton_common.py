@@ -62,10 +62,11 @@ def chains(capability: tuple[int, int] | None) -> bool:
 
     From one kernel to the next a GPU idles for about a microsecond, where those of a step for few sequences take ten.
     So the small ones are launched dependently (``launch_options``): such a kernel begins as soon as all programs of the
-    one before it have ended or said ``gdc_launch_dependents``, and says ``gdc_wait`` before it touches what an earlier
-    kernel reads or writes. That lasts until the one before it has ended. As that one began after its own predecessor
-    had ended, or waited for it, all before it have. Linear layers, and attention over long prefixes, are launched as
-    usual: their programs are long, and must find all multiprocessors empty to be spread over them evenly.
+    one before it have ended or said ``gdc_launch_dependents``, and says ``gdc_wait`` before it writes anything, and
+    before it reads what a kernel that may still run writes. That lasts until the one before it has ended, all of whose
+    programs, or one of them at least on every path, have waited likewise or begun after the end of their predecessor:
+    so all kernels before have ended. Linear layers, and attention over long prefixes, are launched as usual, as all
+    else is: their programs are long, and must find all multiprocessors empty to be spread over them evenly.
     """
     return capability is not None and capability >= (9, 0)
 

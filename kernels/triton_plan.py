@@ -114,9 +114,11 @@ def item_tokens_for(
         return max(-(-num_tokens // (num_items * MOST_BLOCK_TOKENS)), LEAST_ITEM_TOKENS[code] // MOST_BLOCK_TOKENS)
 
     least = least_for(wave * num_waves)
-    if least * MOST_BLOCK_TOKENS < SHORT_ITEM_TOKENS:
-        wave = min(wave, max(1, SHORT_ITEM_PROGRAMS * num_multiprocessors // num_kv_heads))
-        least = least_for(wave)
+    short = SHORT_ITEM_TOKENS // MOST_BLOCK_TOKENS
+    if least < short:
+        few = min(wave, max(1, SHORT_ITEM_PROGRAMS * num_multiprocessors // num_kv_heads))
+        wave = few if least_for(few) <= short else wave
+        least = min(least_for(few), short)
     # Twice the least leaves room for the end of every segment.
     sizes = np.unique(least + -(-np.arange(33) * least // 32)).astype(np.int32)
     blocks = -(-np.concatenate((segments[is_main, 1], segments[~is_main, 1])) // MOST_BLOCK_TOKENS)

@@ -68,7 +68,10 @@ def e4m3_dtype(device: torch.device) -> torch.dtype:
 
 
 def add_rms_norm(x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x += delta in place (x, delta [T, K]; None adds nothing), and the RMS norm of the sum, times weight [K]."""
+    """x += delta in place (x, delta [T, K]; None adds nothing), and the RMS norm of the sum, times weight [K].
+
+    The weight is read while kernels before may still run (see ``chains``): none of them may write it.
+    """
     out = torch.empty_like(x)
     _launch_norm(x, delta, weight, eps, PLAIN.value, out, None)
     return out

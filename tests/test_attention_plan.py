@@ -66,6 +66,7 @@ SKEWED = np.array([[2, 131072, 0]] + [[2, 2048, 0]] * 192, dtype=np.int32)
         (uniform(1, 512, name="bf16"), 4, 64, 8),
         (uniform(1, 4096), 8, 64, 64),  # 66 items of 8 programs are 132 x 4: enough where items are short
         (uniform(8, 1024), 8, 128, 64),
+        (uniform(1, 10_000), 8, 128, 79),  # 66 items would be too long, and 132 too short
         (uniform(16, 1024), 8, 128, 128),  # 132 items are one wave of 132 x 8
         (uniform(1, 32768), 8, 256, 128),
         (uniform(64, 2048), 8, 2016, 128),

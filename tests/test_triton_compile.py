@@ -131,32 +131,58 @@ def instructions(binary: Any, directory: Path) -> list[tuple[str, int]]:
 
 def wide_load_bytes(binary: Any, directory: Path) -> int:
     """Bytes that a program's 128-bit loads from global memory move, each instruction counted once."""
-    return wide_bytes([text for text, _ in instructions(binary, directory)], binary.metadata.num_warps)
+    loads = re.findall(r"\b(?:LDG|LDGSTS)\.E(?:\.\w+)*\.128\b", disassembled(binary, directory, "-sass"))
+    return len(loads) * 16 * 32 * binary.metadata.num_warps
 
 
-def wide_bytes(code: list[str], num_warps: int) -> int:
-    loads = [text for text in code if re.search(r"\b(?:LDG|LDGSTS)\.E(?:\.\w+)*\.128\b", text)]
-    return len(loads) * 16 * 32 * num_warps
+GLOBAL_ACCESS = re.compile(r"\b(ld|st|red|atom|cp\.async)[\w.:]*\.global[\w.:]*[^\[]*\[ *(%\w+)[^\[]*(?:\[ *(%\w+))?")
 
 
 def assert_chained(
-    binary: Any, arch: str, directory: Path, *, begins: bool = True, frees: bool = True, loads: int = 0, wide: int = 0
-) -> None:
-    """Whether a kernel begins while the one before it runs, and then waits for it, and whether it frees the next one to
-    do so; on devices that have none of this, it must do none. Before it waits it stores nothing, and loads only what
-    has long been there: by ``loads`` narrow loads at most, and wide ones of at most ``wide`` bytes.
+    kernel: Any, constants: dict[str, Any], binary: Any, arch: str, directory: Path, early: set[str] | None = None, *,
+    frees: bool = False,
+) -> None:  # fmt: skip
+    """Whether a kernel begins while the one before it runs, and frees the next one to do so; on devices that have none
+    of this, it must do none. ``early`` are the arguments that it reads before it waits, having long been there; it
+    writes to none before. None: it does not begin early.
     """
     can, ptx = arch in CHAINING, binary.asm.get("ptx", "")
-    assert ("griddepcontrol.wait" in ptx) == getattr(binary.metadata, "launch_pdl", False) == (can and begins)
+    begins = can and early is not None
+    assert ("griddepcontrol.wait" in ptx) == getattr(binary.metadata, "launch_pdl", False) == begins
     assert ("griddepcontrol.launch_dependents" in ptx) == (can and frees)
-    if can and begins:
+    if begins:
+        accesses = accesses_before_waiting(ptx)
+        names = [name for name in kernel.arg_names if name not in constants]
+        assert {names[number] for _, number in accesses} == early
+        assert {kind for kind, _ in accesses} <= {"ld"}
         code = [text for text, _ in instructions(binary, directory)]
         # A wait with the end behind it is that of programs which have nothing to do.
         [wait] = [i for i, (text, behind) in enumerate(pairwise(code)) if text == "ACQBULK" and behind != "EXIT"]
-        early = [text for text in code[:wait] if re.search(r"\b(?:LD|LDG|LDGSTS|ST|STG|RED|ATOM|ATOMG)\b", text)]
-        assert len([text for text in early if "LDG" in text and ".128" not in text]) <= loads
-        assert wide_bytes(early, binary.metadata.num_warps) <= wide
-        assert all(re.search(r"\bLDG\b", text) for text in early), early
+        touches = [text for text in code[:wait] if re.search(r"\b(?:LD|ST|RED|ATOM|UBLKCP|UTMA)\w*", text)]
+        loads = [text for text in touches if re.search(r"\bLDG\b", text)]
+        assert len(loads) <= len(accesses)  # so the assembler has moved none to the other side
+        assert all(re.search(r"\b(?:LDG|LDC|LDCU|LDS)\b", text) for text in touches), touches
+
+
+def accesses_before_waiting(ptx: str) -> list[tuple[str, int]]:
+    """Accesses to global memory before the wait of programs that have work: of which kind, and by the pointer that is
+    which of the kernel's parameters.
+    """
+    lines = [line.strip() for line in ptx[ptx.index(".entry") :].splitlines()]
+    lines = [line for line in lines if re.match(r"(?:@!?%\w+ )?[a-z]", line)]
+    ends = [i for i, line in enumerate(lines) if line.startswith("griddepcontrol.wait")]
+    wait = next(i for i in ends if lines[i + 1] != "ret;")
+    origins: dict[str, int] = {}  # of registers, but for those that were loaded
+    accesses = []
+    for line in lines[:wait]:
+        registers = re.findall(r"%\w+", line.split(" ", 2)[-1] if line.startswith("@") else line)
+        if access := GLOBAL_ACCESS.search(line):
+            accesses.append((access[1], origins[access[3] or access[2]]))
+        elif parameter := re.search(r"ld\.param\.[bu]64.*_param_(\d+)", line):
+            origins[registers[0]] = int(parameter[1])
+        elif registers and (known := [origins[register] for register in registers[1:] if register in origins]):
+            origins[registers[0]] = known[0]  # an address, the pointer before the offset
+    return accesses
 
 
 def waits_at_fences(binary: Any, directory: Path) -> list[str]:
@@ -189,7 +215,12 @@ def test_attention_compiles(
     options = tuning.options() | launch_options(capability)  # as the first of several launches
     binary = compiled(triton_attention._attend_kernel, arch, constants, options, q=dtype)
     assert_no_spills(binary, arch, tmp_path)
-    assert_chained(binary, arch, tmp_path, loads=11)  # their number, and an item's fields, of which one twice
+    assert_chained(
+        triton_attention._attend_kernel, constants, binary, arch, tmp_path, {"items", "num_items"}, frees=True
+    )
+    if arch in CHAINING:  # where no program has an item, one waits nevertheless
+        code = [text for text, _ in instructions(binary, tmp_path)]
+        assert sum(pair == ("ACQBULK", "EXIT") for pair in pairwise(code)) == 1
     if capability is not None:
         # The loop's own loads, and as many as run ahead of it: by the pipeline's depth, or written one step ahead.
         copies = tuning.num_stages if name in FLOATS else 2
@@ -209,7 +240,7 @@ def test_merging_compiles(arch: str, head_dim: int, num_warps: int, tmp_path: Pa
         constants = merge_constants(head_dim, num_warps, capability)
         binary = compiled(kernel, arch, constants, merge_options(num_warps, capability), out=out)
         assert_no_spills(binary, arch, tmp_path)
-        assert_chained(binary, arch, tmp_path, frees=False, loads=2)  # which items a sequence has
+        assert_chained(kernel, constants, binary, arch, tmp_path, {"seq_items"})
 
 
 def test_no_conversion_to_e4m3_that_sm_80_lacks(tmp_path: Path) -> None:
@@ -248,16 +279,14 @@ def emitting(arch: str, emitted: str) -> dict[str, Any]:
 
 def assert_rows_compile(
     kernel: Any, arch: str, emitted: str, constants: dict[str, Any], num_warps: int, column_bytes: int, directory: Path,
-    early_bytes: int = 0,
+    early: frozenset[str] = frozenset(),
 ) -> None:  # fmt: skip
-    """``column_bytes`` is the payload of a column; loads of columns past the last may be left out. ``early_bytes`` are
-    those which are there before the kernel begins.
-    """
+    """``column_bytes`` is the payload of a column; loads of columns past the last may be left out."""
     constants = constants | ({"scales": None} if "scales" in kernel.arg_names and emitted == "plain" else {})
     chained = launch_options(CAPABILITIES[arch]) if "CHAINED" in kernel.arg_names else {}
     binary = compiled(kernel, arch, constants, row_options(num_warps) | chained, out=EMITTED[emitted])
     assert_no_spills(binary, arch, directory)
-    assert_chained(binary, arch, directory, begins=bool(chained), frees=False, wide=early_bytes)
+    assert_chained(kernel, constants, binary, arch, directory, set(early) if "CHAINED" in kernel.arg_names else None)
     if CAPABILITIES[arch] is not None:
         block = constants["BLOCK"]
         width = min(constants.get("WIDTH", block), block)
@@ -268,10 +297,9 @@ def assert_rows_compile(
 def test_norms_compile(arch: str, width: int, emitted: str, tmp_path: Path) -> None:
     constants, num_warps = row_constants(width, **emitting(arch, emitted)), row_warps(width)
     column_bytes = 3 * 2  # x, delta and the weight, in bfloat16
-    early_bytes = 2 * constants["BLOCK"]  # the weight
-    assert_rows_compile(
-        triton_rows._add_rms_norm_kernel, arch, emitted, constants, num_warps, column_bytes, tmp_path, early_bytes
-    )
+    early = frozenset({"weight"} if constants["BLOCK"] <= triton_rows.EAGER_BLOCK.value else {})
+    kernel = triton_rows._add_rms_norm_kernel
+    assert_rows_compile(kernel, arch, emitted, constants, num_warps, column_bytes, tmp_path, early)
 
 
 @every_row
@@ -308,7 +336,7 @@ def test_rotating_compiles(arch: str, tail: str | None, tmp_path: Path) -> None:
     options = rope_options(capability)
     binary = compiled(triton_rope._norm_rope_kernel, arch, constants, options, slots="u8", bad_rows="u8")
     assert_no_spills(binary, arch, tmp_path)
-    assert_chained(binary, arch, tmp_path)
+    assert_chained(triton_rope._norm_rope_kernel, constants, binary, arch, tmp_path, set(), frees=True)
     if CAPABILITIES[arch] is not None:
         assert wide_load_bytes(binary, tmp_path) >= triton_rope.HEADS_PER_PROGRAM * 128 * 2
 
@@ -356,6 +384,6 @@ def test_few_rows_compile(arch: str, num_rows: int, num_columns: int, tmp_path: 
     constants = tuning.constants(CAPABILITIES[arch])
     binary = compiled(triton_linear._linear_kernel, arch, constants, tuning.options(), out="bf16")
     assert_no_spills(binary, arch, tmp_path)
-    assert_chained(binary, arch, tmp_path, begins=False)
+    assert_chained(triton_linear._linear_kernel, constants, binary, arch, tmp_path, frees=True)
     if CAPABILITIES[arch] is not None:
         assert wide_load_bytes(binary, tmp_path) >= 2 * tuning.columns * tuning.depth
